@@ -1,0 +1,200 @@
+"""What every command line shares: options from settings, signals, exit status.
+
+Exit status: 0 done, 2 the user can mend it, 3 done but some rows failed, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import os
+import signal
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+
+from qwenmed.errors import UserError
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_SOME_ROWS_FAILED = 3
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no `except Exception` swallows it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with a one-line error; its usage block hides the line that matters."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(EXIT_USER_ERROR, f"错误：{message}。用 {self.prog} --help 查看用法\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows each default once, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        plain = action.default in (None, argparse.SUPPRESS, False, True) or not action.option_strings
+        return text if plain or "%(default)" in text else f"{text}（默认 %(default)s）"
+
+
+def build_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """A parser whose description is the script's docstring."""
+    parser = _Parser(
+        prog=prog,
+        description=doc.strip(),
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=100),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    general = parser.add_argument_group("通用")
+    general.add_argument("-h", "--help", action="help", help="显示本帮助")
+    return parser
+
+
+def setting(default: object, help: str, group: str, *, choices: Sequence[str] | None = None):
+    """A dataclass field that is an option too: its default, help text and help group."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+def field_type(settings: type, name: str) -> tuple[type, bool]:
+    """The plain type of a settings field and whether None is allowed, e.g. `int | None` → (int, True)."""
+    hint = typing.get_type_hints(settings)[name]
+    if isinstance(hint, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        return members[0], True
+    return hint, False
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add an option for each field of a settings dataclass, grouped as its metadata says.
+
+    An option that is not given leaves nothing in the namespace, so that a YAML file or a model's own
+    recommendation can stand between the default and the command line.
+    """
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(settings):
+        meta = field.metadata
+        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
+        groups[meta["group"]] = group
+        plain_type, _ = field_type(settings, field.name)
+        text = meta["help"] if field.default in (None, False) else f"{meta['help']}（默认 {_shown(field.default)}）"
+        text = text.replace("%", "%%")
+        option = "--" + field.name.replace("_", "-")
+        if plain_type is bool:
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            group.add_argument(option, action=action, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(
+                option,
+                type=plain_type,
+                choices=meta["choices"],
+                default=argparse.SUPPRESS,
+                metavar=None if meta["choices"] else _METAVARS.get(plain_type, "TEXT"),
+                help=text,
+            )
+
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def _shown(default: object) -> str:
+    return "开" if default is True else str(default)
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("必须是不小于 1 的整数")
+    return value
+
+
+positive_int.__name__ = "正整数"  # argparse names the type in its message
+
+
+def run(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's main and leave with the house's exit status; a traceback means a bug of ours."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)  # deprecations concern the pins, not the user
+    for stream in (sys.stdout, sys.stderr):
+        # Chinese Windows consoles default to GBK and a pipe there too; our output is UTF-8 everywhere.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with contextlib.suppress(ValueError, AttributeError):
+        signal.signal(signal.SIGTERM, _raise_terminated)
+    status = _guarded(main)
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        sys.stdout.flush()
+    sys.exit(status)
+
+
+# Set before any of the libraries is imported: no telemetry, and no warnings and bars besides our own.
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def _guarded(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or EXIT_OK
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\n已中断（Ctrl-C）", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    except Terminated:
+        print("已收到终止信号（SIGTERM）", file=sys.stderr)  # noqa: T201
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # The reader (`| head`) has left. Point stdout at nothing, so that the interpreter's own flush
+        # at exit does not complain a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except OSError as error:
+        if error.errno in _OS_REASONS:
+            return _fail(str(explain_os_error(error)))
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"错误：{message}", file=sys.stderr)  # noqa: T201
+    return EXIT_USER_ERROR
+
+
+_OS_REASONS = {
+    errno.ENOSPC: ("磁盘空间已满", "请清理磁盘或换一个输出目录；已有文件保持原样"),
+    errno.EDQUOT: ("磁盘配额已满", "请清理磁盘或换一个输出目录；已有文件保持原样"),
+    errno.EROFS: ("文件系统是只读的", "请换一个可写的输出目录"),
+    errno.EACCES: ("没有访问权限", "请检查文件和目录的权限，或换一个目录"),
+    errno.EPERM: ("没有操作权限", "请检查文件和目录的权限，或换一个目录"),
+    errno.ENOTDIR: ("路径中有一段不是目录", "请检查路径"),
+    errno.EISDIR: ("路径是目录而不是文件", "请检查路径"),
+    errno.ENAMETOOLONG: ("路径过长", "请换一个较短的路径"),
+    errno.EFBIG: ("文件超过系统允许的大小", "请换一个输出目录"),
+}
+
+
+def explain_os_error(error: OSError) -> UserError:
+    """An operating-system error in the user's words; falls back to the system's own text."""
+    what, remedy = _OS_REASONS.get(error.errno, (f"系统错误：{error.strerror or error}", None))
+    return UserError(what, error.filename, remedy)
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def note(message: str) -> None:
+    """Say a decision or a step, once, on stderr (stdout is for results)."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,141 @@
+"""Files: read as UTF-8, written whole under a temporary name and then renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from qwenmed.errors import UserError
+
+
+def require_file(path: Path, what: str = "文件") -> Path:
+    """Return `path` if it is a readable file.
+
+    Raises:
+        UserError: it does not exist or is no file.
+    """
+    if not path.exists():
+        raise UserError(f"{what}不存在", path, "请检查路径是否拼写正确")
+    if not path.is_file():
+        raise UserError(f"{what}不是普通文件", path, "请给出文件而不是目录")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text, with or without a byte-order mark, with any line ends.
+
+    Raises:
+        UserError: missing, empty, binary, or not UTF-8 (the byte offset is named).
+    """
+    data = require_file(path).read_bytes()
+    if not data.strip():
+        raise UserError("文件是空的", path, "请检查它是否下载或导出完整")
+    if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "请另存为 UTF-8，例如 iconv -f GB18030 -t UTF-8 原文件 > 新文件"
+        raise UserError(f"文件不是 UTF-8 编码（第 {error.start} 字节起无法解码）", path, remedy) from None
+
+
+def read_json(path: Path) -> object:
+    """Read one JSON document.
+
+    Raises:
+        UserError: as `read_text`, or the JSON is broken (line and column are named).
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        remedy = "文件可能不完整，请重新导出或改正这一处"
+        raise UserError(f"JSON 格式错误：第 {error.lineno} 行第 {error.colno} 列", path, remedy) from None
+    except RecursionError:
+        raise UserError("JSON 嵌套过深", path, "请检查文件内容") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, private: bool = False) -> Iterator[IO[str]]:
+    """Open a text file that appears under its name only when the block ends without an error.
+
+    Args:
+        private: readable by its owner only (mode 0600).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not private:  # mkstemp makes 0600, which a colleague's job could not read
+            temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, name):
+            error.filename = str(path)  # the user knows the final name, not the temporary one
+        raise
+
+
+@contextlib.contextmanager
+def growing_file(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that grows as FILE.partial and takes its name when the block ends without an error.
+
+    Unlike `whole_file`, what was written stays when the work is cut short: a night's answers are not lost.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+    partial.replace(path)
+
+
+def write_whole(contents: Mapping[Path, str]) -> None:
+    """Write several text files; none appears unless all could be written."""
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(whole_file(path)) for path in contents}
+        for path, text in contents.items():
+            files[path].write(text)
+        for file in files.values():
+            file.flush()
+
+
+def write_json(path: Path, value: object, private: bool = False) -> None:
+    """Write one JSON document, readable by a person; `private` as in `whole_file`."""
+    with whole_file(path, private) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def to_jsonl(rows: Iterable[Mapping]) -> str:
+    """One JSON object a line, Chinese left as it is."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def sha256(path: Path) -> str:
+    """The hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> Path:
+    """Make `folder` and prove that a file can be written there, before any long work starts.
+
+    Raises:
+        OSError: it can't be made or written (the command line explains it).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
