@@ -1,0 +1,237 @@
+"""From records to token ids and from generated text back to thinking and answer.
+
+One renderer serves training and inference: the model's own chat template. A row is trained as the
+template's prompt with generation prompt, followed by `<think>\\n…\\n</think>\\n\\n…<|im_end|>\\n`; at
+inference the same prompt is rendered and the model writes the rest.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwenmed.errors import UserError
+from qwenmed.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Qwen3's reply format for transformers' response parser: optional thinking, then the answer.
+# Without tool calls, which a medical assistant has none of and whose broken JSON would raise.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text", "repeats": True},
+        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+    },
+}
+THINK_START, THINK_END = "<think>", "</think>"
+END_OF_TURN = "<|im_end|>"
+
+# Text of users and data sets never becomes a control token: apply_chat_template(…, **SANITIZE).
+SANITIZE = {"sanitize_control_tokens": True}
+
+# A shortened thinking keeps its beginning and end; in between stands this.
+ELLIPSIS = "\n……\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A generated text, taken apart.
+
+    Attributes:
+        thinking: the text between the think tags, or "".
+        answer: what follows it, or "".
+        thinking_closed: False if the text ended inside of the thinking.
+    """
+
+    thinking: str
+    answer: str
+    thinking_closed: bool = True
+
+
+def user_messages(question: str, system: str | None, history: Sequence[dict[str, str]] = ()) -> list[dict[str, str]]:
+    """The messages of a prompt: system, earlier turns without their thinking, the question."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, *history, {"role": "user", "content": question}]
+
+
+def training_row(record: Record, system: str) -> dict[str, Any]:
+    """A record as TRL's conversational prompt/completion row; loss falls on the completion only."""
+    completion = {"role": "assistant", "reasoning_content": record.think, "content": record.answer}
+    return {
+        "prompt": user_messages(record.question, system),
+        "completion": [completion],
+        "chat_template_kwargs": SANITIZE,
+    }
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of the prompt, up to and including `<|im_start|>assistant\\n`."""
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **SANITIZE)["input_ids"]
+
+
+def render_sample(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a training row; labels are -100 over the prompt.
+
+    This is what TRL's trainer makes of the same row (a test holds them equal); it serves to measure
+    lengths and to look at the mask.
+    """
+    prompt = render_prompt(tokenizer, row["prompt"])
+    ids = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **SANITIZE)["input_ids"]
+    if ids[: len(prompt)] != prompt:
+        raise UserError(
+            "对话模板渲染的训练文本与推理提示不一致",
+            getattr(tokenizer, "name_or_path", None),
+            "请使用 Qwen3 自带的对话模板",
+        )
+    return ids, [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Make sure, before anything is trained, that the template trains what inference will use.
+
+    Raises:
+        UserError: no template, a prompt that is no prefix of the sample, or a sample that does not end
+            its turn (such a model never stops).
+    """
+    if not tokenizer.chat_template:
+        raise UserError("分词器没有对话模板", getattr(tokenizer, "name_or_path", None), "请使用 Qwen3 的分词器")
+    probe = training_row(Record(question="问", think="想", answer="答"), "系统")
+    _, labels = render_sample(tokenizer, probe)
+    trained = tokenizer.decode([label for label in labels if label != -100])
+    if trained != f"<think>\n想\n{THINK_END}\n\n答{END_OF_TURN}\n":
+        raise UserError(
+            f"对话模板不会训练出正确的思考与结束符，得到的是 {trained!r}",
+            getattr(tokenizer, "name_or_path", None),
+            "请使用 Qwen3 自带的对话模板",
+        )
+
+
+@dataclasses.dataclass
+class LengthReport:
+    """What fitting rows to a length did: counts of rows kept whole, shortened and dropped."""
+
+    whole: int = 0
+    shortened: int = 0
+    dropped: list[str] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"完整 {self.whole} 条，缩短思考 {self.shortened} 条，丢弃 {len(self.dropped)} 条"
+
+
+def fit_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: Iterable[tuple[Record, str]],
+    max_length: int,
+    overlong: str,
+) -> tuple[list[dict[str, Any]], LengthReport]:
+    """Turn (record, system prompt) pairs into training rows of at most `max_length` tokens.
+
+    No sample ever loses its end: what is too long is dropped or, with `overlong="shorten"`, has the middle
+    of its thinking taken out; it is dropped all the same if prompt and answer alone don't fit.
+    """
+    rows, report = [], LengthReport()
+    for record, system in samples:
+        row = training_row(record, system)
+        length = len(render_sample(tokenizer, row)[0])
+        if length <= max_length:
+            report.whole += 1
+        else:
+            shorter = shorten_thinking(tokenizer, record, system, max_length) if overlong == "shorten" else None
+            if shorter is None:
+                report.dropped.append(record.place)
+                continue
+            row, length = shorter
+            report.shortened += 1
+        rows.append(row)
+        report.lengths.append(length)
+    return rows, report
+
+
+def shorten_thinking(
+    tokenizer: "PreTrainedTokenizerBase", record: Record, system: str, max_length: int
+) -> tuple[dict[str, Any], int] | None:
+    """The row and its length with just as much thinking as fits, or None if none does."""
+    low, high, best = 0, len(record.think) - 1, None
+    while low <= high:
+        keep = (low + high) // 2
+        head = (keep + 1) // 2
+        tail = keep - head
+        think = (record.think[:head] + ELLIPSIS + record.think[len(record.think) - tail :]) if keep else ""
+        row = training_row(dataclasses.replace(record, think=think), system)
+        length = len(render_sample(tokenizer, row)[0])
+        if length <= max_length:
+            best, low = (row, length), keep + 1
+        else:
+            high = keep - 1
+    return best
+
+
+def parse_reply(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str) -> Reply:
+    """Take a finished reply apart.
+
+    Args:
+        prompt: the rendered prompt that the text continues.
+        text: what was generated, decoded without special tokens (the think tags are none).
+    """
+    parser = ReplyParser(tokenizer, prompt)
+    parser.feed(text)
+    parser.close()
+    return parser.reply
+
+
+class ReplyParser:
+    """Takes a reply apart while it is being generated: `feed` text, `close` at its end, read `reply`.
+
+    transformers' response parser does the work, tags split across chunks included. Two things it leaves:
+    of several thinking or answer parts only the last of a kind is kept (here they are joined), and a
+    `</think>` that nothing opened stays in the answer (Qwen's model card reads what stands before it as
+    thinking, and so does `reply`; a stream has shown it as answer by then).
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> None:
+        self._parser = tokenizer.get_response_parser(RESPONSE_TEMPLATE, prefix=prompt)
+        opened = any(event["type"] == "region_open" for event in self._parser.initial_events)
+        self._text = THINK_START if opened else ""
+        self._region: str | None = "reasoning_content" if opened else None
+        self._blank = True  # nothing but line breaks so far in this region
+        self._parts: dict[str, list[str]] = {"reasoning_content": [], "content": []}
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """The ("thinking" | "answer", piece) pairs that a further piece of text adds."""
+        self._text += text
+        return self._pieces(self._parser.feed(text))
+
+    def close(self) -> list[tuple[str, str]]:
+        """The pieces that were held back because a tag might have begun in them."""
+        return self._pieces(self._parser.finalize()[1])
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply, after `close`."""
+        thinking, answers = self._parts["reasoning_content"], self._parts["content"]
+        *before, answer = (part for text in answers for part in text.split(THINK_END)) if answers else ("",)
+        if not any(THINK_END in text for text in answers):  # several answer parts, no stray tag: all are answer
+            before, answer = [], "\n".join(answers)
+        return Reply(
+            thinking="\n".join(part.strip() for part in (*thinking, *before) if part.strip()),
+            answer=answer.strip(),
+            thinking_closed=self._text.rfind(THINK_START) <= self._text.rfind(THINK_END),
+        )
+
+    def _pieces(self, events: Iterable[dict]) -> list[tuple[str, str]]:
+        pieces = []
+        for event in events:
+            if event["type"] == "region_open":
+                self._region, self._blank = event["field"], True
+            elif event["type"] == "region_close":
+                self._parts[event["field"]].append(event["value"])
+            else:
+                # The line breaks after a tag belong to the format, not to the text.
+                piece = event["text"].lstrip() if self._blank else event["text"]
+                if piece:
+                    self._blank = False
+                    pieces.append(("thinking" if self._region == "reasoning_content" else "answer", piece))
+        return pieces

@@ -1,0 +1,214 @@
+"""The settings behind the training command lines and their YAML files, each standing once.
+
+Order of precedence: command line > YAML (`--config`) > what the model's folder recommends > default.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwenmed import files
+from qwenmed.cli import field_type, setting
+from qwenmed.errors import UserError
+
+DATA, RUN, OPTIMISATION, EVALUATION, TRACKING, LORA = "数据", "运行", "优化", "评估与保存", "记录", "LoRA"
+
+# What a folder may recommend for training the model in it, per method.
+RECOMMENDATION_FILE = "recommended_training.yaml"
+
+
+@dataclasses.dataclass
+class TrainSettings:
+    """Everything that both training scripts can be told."""
+
+    model: str = setting("Qwen/Qwen3-0.6B", "模型：模型 ID、本地目录，或 demo（内置演示模型）", DATA)
+    train_file: str = setting("train.jsonl", "训练数据", DATA)
+    val_file: str = setting("val.jsonl", "验证数据", DATA)
+    max_length: int = setting(2048, "一条样本的最大 token 数；超长样本按 --overlong 处理，绝不从右侧截断", DATA)
+    overlong: str = setting(
+        "drop", "超长样本：drop 丢弃，shorten 缩短思考（保留回答和结束符）", DATA, choices=("drop", "shorten")
+    )
+    system_prompts: str = setting(
+        "mixed",
+        "系统提示词：general 通用，scenario 用记录自己的场景，mixed 两者都练",
+        DATA,
+        choices=("general", "scenario", "mixed"),
+    )
+
+    output_dir: str | None = setting(None, "输出目录（默认 output/<模型名>-<方法>）", RUN)
+    resume: bool = setting(False, "从输出目录里最新的完整检查点继续训练", RUN)
+    seed: int = setting(42, "随机种子", RUN)
+    device: str = setting("auto", "设备", RUN, choices=("auto", "cuda", "mps", "cpu"))
+
+    epochs: float = setting(3.0, "训练轮数", OPTIMISATION)
+    max_steps: int = setting(-1, "最多训练步数，-1 表示按轮数", OPTIMISATION)
+    learning_rate: float = setting(1e-5, "学习率", OPTIMISATION)
+    batch_size: int = setting(1, "每个设备每步的样本数", OPTIMISATION)
+    gradient_accumulation_steps: int = setting(8, "梯度累积步数（等效批大小 = 样本数 × 累积步数）", OPTIMISATION)
+    warmup_steps: float = setting(0.05, "预热步数；小于 1 时表示占总步数的比例", OPTIMISATION)
+    lr_scheduler: str = setting(
+        "cosine", "学习率曲线", OPTIMISATION, choices=("cosine", "linear", "constant", "constant_with_warmup")
+    )
+    weight_decay: float = setting(0.0, "权重衰减", OPTIMISATION)
+    max_grad_norm: float = setting(1.0, "梯度裁剪阈值", OPTIMISATION)
+    packing: bool = setting(False, "把多条样本无交叉地拼进一行（更快）", OPTIMISATION)
+    gradient_checkpointing: str = setting(
+        "auto",
+        "激活检查点（省显存、慢约三成）：auto 在 GPU 上开启、CPU 上关闭",
+        OPTIMISATION,
+        choices=("auto", "on", "off"),
+    )
+
+    eval_steps: float = setting(0.1, "每多少步评估并保存一次；小于 1 时表示占总步数的比例", EVALUATION)
+    best_by: str = setting(
+        "eval_loss", "哪个检查点算最佳：验证损失最低的，或最后一个", EVALUATION, choices=("eval_loss", "last")
+    )
+    save_total_limit: int = setting(2, "最多保留几个检查点（最佳的一个总会保留）", EVALUATION)
+    sample_tokens: int = setting(512, "训练结束后，三条验证问题各生成多少 token；0 表示不生成", EVALUATION)
+
+    swanlab: str | None = setting(
+        None,
+        "SwanLab 记录方式（默认 offline；设置了 SWANLAB_API_KEY 时为 online）",
+        TRACKING,
+        choices=("offline", "online", "local", "disabled"),
+    )
+    logging_steps: int = setting(5, "每多少步记录一次损失", TRACKING)
+
+    def __post_init__(self) -> None:
+        """Check ranges; a wrong value is named with its option.
+
+        Raises:
+            UserError: a value is outside of its range.
+        """
+        self._require("max_length", self.max_length >= 16, "至少为 16")
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
+            self._require(name, getattr(self, name) >= 1, "至少为 1")
+        for name in ("learning_rate", "epochs", "max_grad_norm", "eval_steps"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "必须大于 0")
+        for name in ("weight_decay", "warmup_steps", "sample_tokens"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "不能为负")
+        self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "为 -1 或至少为 1")
+        self._require("seed", 0 <= self.seed < 2**32, "应在 0 与 2³²-1 之间")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            value = getattr(self, field.name)
+            self._require(
+                field.name, not choices or value is None or value in choices, f"可选 {'、'.join(choices or ())}"
+            )
+
+    def _require(self, name: str, condition: bool, rule: str) -> None:
+        if not condition:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} 的值 {getattr(self, name)!r} 不合适：{rule}")
+
+
+@dataclasses.dataclass
+class LoraSettings(TrainSettings):
+    """The settings of LoRA besides the common ones.
+
+    Rank 16 on all seven linear projections: "LoRA Without Regret" (Schulman et al., 2025) finds that
+    covering every layer matters more than the rank, and that a few thousand samples fit well into small
+    ranks. alpha = 2·rank gives a scale of 2, which goes with a learning rate ten to twenty times that of
+    full fine-tuning.
+    """
+
+    learning_rate: float = setting(2e-4, "学习率", OPTIMISATION)
+    lora_rank: int = setting(16, "低秩矩阵的秩 r", LORA)
+    lora_alpha: int = setting(32, "缩放系数 alpha（等效缩放 alpha / r）", LORA)
+    lora_dropout: float = setting(0.05, "LoRA 的 dropout", LORA)
+    target_modules: str = setting("all-linear", "加 LoRA 的层：all-linear，或用逗号分隔的层名", LORA)
+
+    def __post_init__(self) -> None:
+        """Check ranges, those of LoRA as well; see TrainSettings."""
+        super().__post_init__()
+        for name in ("lora_rank", "lora_alpha"):
+            self._require(name, getattr(self, name) >= 1, "至少为 1")
+        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "应在 0 与 1 之间")
+        tied = {"embed_tokens", "lm_head"} & {name.strip() for name in self.target_modules.split(",")}
+        # Qwen3-0.6B/1.7B share one matrix between both; an adapter on it merges to gibberish (unsloth#3547).
+        self._require("target_modules", not tied, "Qwen3 的词嵌入与输出层共享权重，不能加 LoRA")
+
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def load_settings(
+    kind: type[Settings], given: Mapping[str, Any], config: Path | None, model_folder: Path | None
+) -> Settings:
+    """Merge the sources of settings by precedence.
+
+    Args:
+        kind: TrainSettings or LoraSettings.
+        given: the options that stand on the command line.
+        config: a YAML file, or None.
+        model_folder: where a recommendation file may lie, or None.
+
+    Raises:
+        UserError: a YAML file is broken, names an unknown setting or gives a wrong type.
+    """
+    return kind(**{**recommended(kind, model_folder), **read_yaml(kind, config), **given})
+
+
+def recommended(kind: type[TrainSettings], model_folder: Path | None) -> dict[str, Any]:
+    """What the model's own folder recommends for this method; empty where it says nothing."""
+    if model_folder is None or not (model_folder / RECOMMENDATION_FILE).is_file():
+        return {}
+    return read_yaml(kind, model_folder / RECOMMENDATION_FILE, section="lora" if kind is LoraSettings else "full")
+
+
+def read_yaml(kind: type[TrainSettings], path: Path | None, section: str | None = None) -> dict[str, Any]:
+    """The settings of a YAML file, checked by name and type.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown name or a wrong type.
+    """
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        document = yaml.safe_load(files.read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError("YAML 格式错误", where, "请检查缩进和冒号") from None
+    if section is not None and isinstance(document, dict):
+        document = document.get(section, {})
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UserError("YAML 的最外层应为“名称: 值”", path, "例如 learning_rate: 1.0e-5")
+    known = {field.name for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in document.items():
+        key = str(name).replace("-", "_")
+        if key not in known:
+            raise UserError(f"不认识的设置 {name}", path, "用 --help 查看全部设置")
+        values[key] = _typed(kind, key, value, path)
+    return values
+
+
+def _typed(kind: type[TrainSettings], name: str, value: Any, path: Path) -> Any:
+    plain_type, optional = field_type(kind, name)
+    if value is None and optional:
+        return None
+    if plain_type is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if plain_type is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5 (no point) as text; that is no reason to turn a user away.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is plain_type:
+        return value
+    expected = {int: "整数", float: "数", bool: "true 或 false", str: "文本"}[plain_type]
+    raise UserError(f"设置 {name} 的类型不对：应为{expected}，实际是 {value!r}", path, "请改正后重试")
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of any JSON-like value, for run.json."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
