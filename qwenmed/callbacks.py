@@ -1,0 +1,105 @@
+"""What hooks into the trainer. Imports transformers at once, so import this module where it is used."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTTrainer
+
+from qwenmed import checkpoints, cli
+
+
+class CardTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints say of themselves how they were made (`checkpoint.json`)."""
+
+    card: dict[str, Any] = {}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights, and beside them the card."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and output_dir:
+            checkpoints.write_card(Path(output_dir), self.card)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL's card advertises a hub upload; `checkpoint.json` and `run.json` say more."""
+
+
+class ProgressBar(ProgressCallback):
+    """The progress bar with the losses behind it, instead of a line a log entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar; where stderr is a file, a line every half minute is enough."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 30
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """No second bar for the evaluation: it is short, and the losses tell when it has happened."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest losses."""
+        if self.training_bar is None:
+            return
+        names = {"loss": "loss", "eval_loss": "val"}
+        self._shown |= {short: f"{logs[key]:.4f}" for key, short in names.items() if key in (logs or {})}
+        self.training_bar.set_postfix(self._shown, refresh=False)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the training after the step in hand, with a checkpoint.
+
+    A second Ctrl-C ends it at once.
+
+    Attributes:
+        received: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a checkpoint and the end."""
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        cli.note("\n收到停止信号：完成这一步并保存检查点后退出（再按一次 Ctrl-C 立即退出）")
+
+
+class GuardedSwanLab(TrainerCallback):
+    """SwanLab's own trainer callback, each of its events behind the tracker's guard."""
+
+    def __init__(self, tracker: Any) -> None:
+        from swanlab.integration.transformers import SwanLabCallback
+
+        self._inner = SwanLabCallback(log_config=False)
+        self._tracker = tracker
+
+    def on_log(self, args, state, control, **kwargs):
+        """Pass losses on."""
+        self._tracker.guarded(self._inner.on_log, args, state, control, **kwargs)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Pass validation metrics on."""
+        self._tracker.guarded(self._inner.on_evaluate, args, state, control, **kwargs)

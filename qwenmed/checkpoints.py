@@ -1,0 +1,278 @@
+"""Checkpoints: finding them, telling full models from adapters, loading them, describing them.
+
+The trainer writes `trainer_state.json` last: a checkpoint where it is missing or cut off was not finished and
+is never chosen by `latest`, `best` or `--resume`. `checkpoint.json` beside the weights says how they were made.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenmed import files
+from qwenmed.errors import UserError
+from qwenmed.hub import missing_model_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARD_FILE = "checkpoint.json"
+STATE_FILE = "trainer_state.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that answers can come from.
+
+    Attributes:
+        path: the folder.
+        base: for a LoRA adapter the folder of its base model, otherwise None.
+        card: what the checkpoint says of itself; empty for a model that was not trained here.
+        notice: a text to be shown with every answer of this model, or "".
+    """
+
+    path: Path
+    base: Path | None
+    card: dict[str, Any]
+    notice: str
+
+    @property
+    def kind(self) -> str:
+        """What it is, in the user's words."""
+        return "LoRA 适配器" if self.base else "完整模型"
+
+
+def find(spec: str, output_root: Path = Path("output"), base_model: Path | None = None) -> Checkpoint:
+    """The checkpoint that `-c` names: `latest`, `best`, a checkpoint, a model folder or a run's folder.
+
+    Args:
+        spec: what the user gave.
+        output_root: where runs lie.
+        base_model: where an adapter's base model lies now, if it has moved.
+
+    Raises:
+        UserError: there is none, or it lacks weights, tokenizer or its base model.
+    """
+    if spec in ("latest", "best"):
+        path = newest_run_checkpoint(output_root, spec)
+    else:
+        path = Path(spec)
+        if not path.exists():
+            raise UserError("检查点不存在", path, _available(output_root))
+        if not path.is_dir():
+            raise UserError(
+                "检查点应是目录，而这是一个文件", path, "请给出含 config.json 或 adapter_config.json 的目录"
+            )
+        if is_run_folder(path):
+            path = run_checkpoint(path, "best")
+    return describe(path, base_model)
+
+
+def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
+    """Look at a checkpoint folder without loading weights.
+
+    Raises:
+        UserError: something is missing or broken; the message says what.
+    """
+    if (path / ADAPTER_CONFIG).is_file():
+        base = _adapter_base(path, base_model)
+    else:
+        base = None
+        if missing := missing_model_files(path):
+            raise UserError(f"检查点不完整，缺少 {'、'.join(missing)}", path, "请换一个检查点，或重新训练/下载")
+    config = files.read_json((base or path) / "config.json")
+    notice = config.get("notice", "") if isinstance(config, dict) else ""
+    return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
+
+
+def newest_run_checkpoint(output_root: Path, which: str) -> Path:
+    """The latest or best finished checkpoint of the run under `output_root` that saved last.
+
+    Raises:
+        UserError: no run has saved any.
+    """
+    found = [path for run in _runs(output_root) for path in finished_checkpoints(run)]
+    if not found:
+        raise UserError(
+            f"没有可用的检查点，无法选择 {which}", output_root, "请先运行 python train.py，或用 -c 指定模型目录"
+        )
+    newest = max(found, key=lambda path: ((path / STATE_FILE).stat().st_mtime_ns, _step(path)))
+    return newest if which == "latest" else run_checkpoint(newest.parent, which)
+
+
+def run_checkpoint(run: Path, which: str) -> Path:
+    """The "latest" or the "best" finished checkpoint of one run.
+
+    The best has the lowest validation loss, unless the run was told that its last one is (`--best-by last`).
+
+    Raises:
+        UserError: the run has saved none.
+    """
+    finished = finished_checkpoints(run)
+    if not finished:
+        raise UserError("这个训练目录里没有完整的检查点", run, "训练可能在第一次保存前中断；请重新训练")
+    if which == "latest" or _card(finished[-1]).get("settings", {}).get("best_by") == "last":
+        return finished[-1]
+    scored = [(loss, path) for path in finished if (loss := _eval_loss(path)) is not None]
+    return min(scored, key=lambda pair: pair[0])[1] if scored else finished[-1]
+
+
+def finished_checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, by step."""
+    return sorted((path for path in run.glob("checkpoint-*") if _trainer_state(path)), key=_step)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is a run's output folder rather than a model."""
+    has_model = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+    return not has_model and any(path.glob("checkpoint-*"))
+
+
+def write_card(path: Path, card: dict[str, Any]) -> None:
+    """Let a checkpoint say of itself how it was made."""
+    files.write_json(path / CARD_FILE, card)
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer, from this machine only.
+
+    Raises:
+        UserError: it can't be read or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"分词器无法读取：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
+    if not tokenizer.chat_template:
+        raise UserError("分词器没有对话模板", path, "请使用 Qwen3 自带的分词器")
+    return tokenizer
+
+
+def load_base(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> "PreTrainedModel":
+    """Load a full model's weights from a folder, safetensors only and without running code from it.
+
+    Raises:
+        UserError: files are missing or broken.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar for the training is enough
+    if missing := missing_model_files(path):
+        raise UserError(f"模型不完整，缺少 {'、'.join(missing)}", path, "请运行 python download_model.py，或换一个目录")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"模型无法载入：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
+
+
+def count_parameters(folder: Path) -> int:
+    """Number of parameters of a model folder, without loading it (tied weights stand there once)."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118  no iterator
+    return total
+
+
+def load(checkpoint: Checkpoint, dtype: "torch.dtype") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load model and tokenizer for inference; an adapter is merged into its base.
+
+    Raises:
+        UserError: files are missing or broken, or the adapter was made for another model.
+    """
+    model = load_base(checkpoint.base or checkpoint.path, dtype)
+    if checkpoint.base:
+        model = merge_adapter(model, checkpoint.path)
+    has_tokenizer = (checkpoint.path / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(checkpoint.path if has_tokenizer or not checkpoint.base else checkpoint.base)
+    return model.eval(), tokenizer
+
+
+def merge_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """Merge a LoRA adapter into a loaded base model.
+
+    Raises:
+        UserError: the adapter is broken or does not fit the model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        remedy = "请用 --base-model 指定训练时所用的基础模型"
+        raise UserError(f"LoRA 适配器与基础模型不匹配或已损坏：{_first_line(error)}", adapter, remedy) from error
+
+
+def _adapter_base(path: Path, base_model: Path | None) -> Path:
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        remedy = "出于安全只载入 safetensors，请先转换" if pickled else "请换一个检查点，或重新训练"
+        raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, remedy)
+    recorded = files.read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    candidates = [base_model] if base_model else [Path(recorded), path.parent.parent.parent / recorded]
+    base = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    if base is None:
+        missing = base_model or recorded
+        remedy = "它被移动或删除了？请用 --base-model 指定它现在的目录"
+        raise UserError(f"找不到 LoRA 的基础模型 {missing}", path, remedy)
+    if missing := missing_model_files(base):
+        raise UserError(
+            f"LoRA 的基础模型不完整，缺少 {'、'.join(missing)}", base, "请重新下载，或用 --base-model 指定另一份"
+        )
+    return base
+
+
+def _runs(output_root: Path) -> list[Path]:
+    return [folder for folder in output_root.glob("*") if folder.is_dir()] if output_root.is_dir() else []
+
+
+def _card(checkpoint: Path) -> dict[str, Any]:
+    card = files.read_json(checkpoint / CARD_FILE) if (checkpoint / CARD_FILE).is_file() else {}
+    return card if isinstance(card, dict) else {}
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state, or None where it is missing or cut off."""
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _eval_loss(checkpoint: Path) -> float | None:
+    """The validation loss measured at the checkpoint's own step."""
+    history = (_trainer_state(checkpoint) or {}).get("log_history", [])
+    return next(
+        (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry.get("step") == _step(checkpoint)),
+        None,
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _available(output_root: Path) -> str:
+    found = [str(path) for run in _runs(output_root) for path in finished_checkpoints(run)]
+    listed = f"可用的有：{'、'.join(sorted(found)[-5:])}；" if found else ""
+    return f"{listed}也可以用 -c latest 或 -c best"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,413 @@
+"""The named steps of a fine-tuning run; `train.py` and `train_lora.py` put them in order.
+
+TRL's SFTTrainer does the training. What is decided here: rows never lose their end, the loss covers
+thinking, answer and `<|im_end|>` only, no pure fp16 weights, and a checkpoint counts only when it is whole.
+"""
+
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenmed import chat, checkpoints, cli, demo, files, hardware, hub, records, tracking
+from qwenmed.errors import UserError
+from qwenmed.settings import LoraSettings, Settings, TrainSettings, load_settings, recommended
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from qwenmed.callbacks import StopOnSignal
+    from qwenmed.engine import Generation
+
+SAMPLES_FILE = "samples.jsonl"
+SAMPLE_COUNT = 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training and validation rows, and where they came from (for run.json)."""
+
+    train: list[dict[str, Any]]
+    val: list[dict[str, Any]]
+    val_records: list[records.Record]
+    summary: dict[str, Any]
+
+
+def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterable[str]) -> tuple[Settings, Path]:
+    """The merged settings of a training script, and the folder of the model it will train.
+
+    The model is looked up before the other settings, since its folder may recommend some of them.
+
+    Args:
+        prompts: the system prompts, for the tokenizer of the demo model.
+
+    Raises:
+        UserError: a setting is wrong, a data file is missing, or there is no such model.
+    """
+    parser = cli.build_parser(prog, doc)
+    parser.add_argument_group("通用").add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="从 YAML 读取设置；命令行优先"
+    )
+    cli.add_settings(parser, kind)
+    given = vars(parser.parse_args())
+    config = given.pop("config")
+    before = load_settings(kind, given, config, None)
+    check_files(before)
+    model_folder = resolve_model(before.model, prompts)
+    advised = recommended(kind, model_folder)
+    if advised:
+        cli.note(f"采用模型目录推荐的设置：{'，'.join(f'{name}={value}' for name, value in advised.items())}")
+    return load_settings(kind, given, config, model_folder), model_folder
+
+
+def resolve_model(model: str, prompts: Iterable[str] = (), models_root: Path = Path("models")) -> Path:
+    """The folder of the model that `--model` names: a folder, `demo`, or an id, which is fetched once.
+
+    Args:
+        prompts: the system prompts, for the tokenizer of the demo model.
+
+    Raises:
+        UserError: the folder is no model, or the id can't be fetched.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if checkpoints.is_run_folder(path):
+            path = checkpoints.run_checkpoint(path, "best")
+        if (path / checkpoints.ADAPTER_CONFIG).is_file():
+            raise UserError("这是 LoRA 适配器，不能当作训练的起点", path, "请给出完整模型的目录")
+        return path
+    if path.exists():
+        raise UserError("模型应是目录，而这是一个文件", path, "请给出含 config.json 的目录、模型 ID 或 demo")
+    if model == demo.DEMO_MODEL:
+        folder = models_root / demo.DEMO_MODEL
+        if hub.missing_model_files(folder):
+            cli.note(f"生成演示模型：{folder}")
+            demo.build_demo_model(folder, prompts)
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError("模型目录不存在", model, "请检查路径；模型 ID 的形式是 组织/名称，例如 Qwen/Qwen3-0.6B")
+    return hub.fetch_model(model, models_root / model.split("/")[-1], source=None, revision=None, say=cli.note)
+
+
+def check_files(settings: TrainSettings) -> None:
+    """Fail at once on data files that are not there, before a model is fetched or loaded.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in (settings.train_file, settings.val_file):
+        if not Path(name).is_file():
+            remedy = "请先运行 python data.py，或用 --train-file / --val-file 指定"
+            raise UserError("数据文件不存在", name, remedy)
+
+
+def open_run_folder(settings: TrainSettings, model_folder: Path, method: str) -> Path:
+    """The run's output folder, proved writable.
+
+    Raises:
+        UserError: it already holds a finished run and neither `--resume` nor another folder was asked for.
+    """
+    folder = Path(settings.output_dir or Path("output") / default_run_name(model_folder, method))
+    if folder.exists() and not folder.is_dir():
+        raise UserError("输出路径是文件而不是目录", folder, "请用 --output-dir 换一个目录")
+    if checkpoints.finished_checkpoints(folder) and not settings.resume:
+        raise UserError("输出目录里已有检查点", folder, "用 --resume 继续训练，或用 --output-dir 换一个目录")
+    return files.check_writable(folder)
+
+
+def default_run_name(model_folder: Path, method: str) -> str:
+    """E.g. models/Qwen3-0.6B, lora → Qwen3-0.6B-lora; a checkpoint is named by its run."""
+    name = model_folder.resolve().name
+    if name.startswith("checkpoint-"):
+        name = model_folder.resolve().parent.name
+    return f"{name.removesuffix('-full').removesuffix('-lora')}-{method}"
+
+
+def load_rows(
+    settings: TrainSettings, tokenizer: "PreTrainedTokenizerBase", general: str, by_scenario: Mapping[str, str]
+) -> Rows:
+    """Read both files and fit their rows to `--max-length`.
+
+    Args:
+        general: the general system prompt.
+        by_scenario: the scenarios' system prompts.
+
+    Raises:
+        UserError: a file or a row is unusable, or no row fits.
+    """
+    chat.check_template(tokenizer)
+    fitted, kept, summary = {}, {}, {}
+    for part, name in (("train", settings.train_file), ("val", settings.val_file)):
+        path = Path(name)
+        found = records.read_clean_records(path)
+        samples = [
+            (record, system)
+            for record in found
+            for system in records.system_prompts(record, general, by_scenario, settings.system_prompts)
+        ]
+        rows, report = chat.fit_rows(tokenizer, samples, settings.max_length, settings.overlong)
+        cli.note(f"{path}：{len(found)} 条记录 → {len(rows)} 个样本（{report}）")
+        if not rows:
+            raise UserError(
+                f"没有一个样本不超过 {settings.max_length} 个 token",
+                path,
+                "请增大 --max-length 或用 --overlong shorten",
+            )
+        dropped = set(report.dropped)
+        fitted[part], kept[part] = rows, [record for record in found if record.place not in dropped]
+        summary[part] = {
+            "file": str(path),
+            "sha256": files.sha256(path),
+            "records": len(found),
+            "samples": len(rows),
+            "shortened": report.shortened,
+            "dropped": report.dropped,
+            "tokens": sum(report.lengths),
+        }
+    return Rows(fitted["train"], fitted["val"], kept["val"], summary)
+
+
+def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", autocast: str | None) -> "SFTConfig":
+    """TRL's configuration of the run.
+
+    Args:
+        autocast: "bf16", "fp16" or None.
+    """
+    from trl import SFTConfig
+
+    # A share of the steps stays a float: transformers turns it into steps once it knows how many there are.
+    every = settings.eval_steps if settings.eval_steps < 1 else int(settings.eval_steps)
+    checkpointing = settings.gradient_checkpointing
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else int(settings.warmup_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        max_length=settings.max_length,  # rows fit already: nothing is cut here
+        packing=settings.packing,
+        completion_only_loss=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=settings.save_total_limit,
+        load_best_model_at_end=settings.best_by == "eval_loss",
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        bf16=autocast == "bf16",
+        fp16=autocast == "fp16",
+        activation_checkpointing=checkpointing == "on" or (checkpointing == "auto" and device.type == "cuda"),
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to="none",
+    )
+
+
+def lora_config(settings: LoraSettings) -> "LoraConfig":
+    """Peft's configuration."""
+    from peft import LoraConfig
+
+    names = [name.strip() for name in settings.target_modules.split(",") if name.strip()]
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_trainer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Rows,
+    config: "SFTConfig",
+    card: dict[str, Any],
+    callbacks: Iterable["TrainerCallback"] = (),
+    peft_config: "LoraConfig | None" = None,
+) -> "SFTTrainer":
+    """TRL's trainer over the rows; each checkpoint carries `card`.
+
+    Raises:
+        UserError: LoRA's target modules are not in the model.
+    """
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from qwenmed.callbacks import CardTrainer, ProgressBar
+
+    try:
+        trainer = CardTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows.train),
+            eval_dataset=Dataset.from_list(rows.val),
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
+    except ValueError as error:
+        if "target modules" in str(error).lower():
+            raise UserError(
+                f"模型里没有这些层：{peft_config.target_modules}", None, "请用 --target-modules all-linear"
+            ) from error
+        raise
+    trainer.card = card
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar)
+    return trainer
+
+
+class Run:
+    """One training run's bookkeeping: its folder, run.json, the tracker and the signals.
+
+    Args:
+        settings: as merged.
+        folder: the output folder.
+        method: "full" or "lora".
+        model_folder: what is being trained.
+    """
+
+    def __init__(self, settings: TrainSettings, folder: Path, method: str, model_folder: Path) -> None:
+        self.settings, self.folder, self.method, self.model_folder = settings, folder, method, model_folder
+        self.file = tracking.RunFile(folder)
+        self.tracker = tracking.Tracker(cli.note)
+        self.stop: StopOnSignal | None = None
+
+    def begin(
+        self, rows: Rows, tokenizer: "PreTrainedTokenizerBase", precision: hardware.Precision, device: "torch.device"
+    ) -> dict[str, Any]:
+        """Write run.json, start the tracker, and return the card that goes into each checkpoint."""
+        previous = self.file.previous() if self.settings.resume else {}
+        mode = tracking.swanlab_mode(self.settings.swanlab)
+        name = self.folder.name
+        self.tracker.start(
+            mode, self.folder / "swanlog", name, asdict(self.settings), previous.get("swanlab", {}).get("id")
+        )
+        card = {
+            "method": self.method,
+            "base_model": str(self.model_folder),
+            "settings": asdict(self.settings),
+            "data": {part: {key: rows.summary[part][key] for key in ("file", "sha256")} for part in rows.summary},
+            "chat_template_sha256": tracking.text_hash(tokenizer.chat_template),
+        }
+        self.file.update(
+            status="running",
+            started=tracking.now(),
+            **card | {"data": rows.summary},
+            precision={"weights": str(precision.weights), "autocast": precision.autocast},
+            hardware=hardware.describe(device),
+            versions=tracking.library_versions(),
+            swanlab={"mode": mode, "id": self.tracker.run_id},
+        )
+        return card
+
+    def callbacks(self) -> list:
+        """The trainer callbacks that serve the bookkeeping."""
+        from qwenmed.callbacks import GuardedSwanLab, StopOnSignal
+
+        self.stop = StopOnSignal()
+        return [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
+
+    def train(self, trainer: "SFTTrainer") -> None:
+        """Train, from the newest whole checkpoint where `--resume` is set; Ctrl-C and SIGTERM save first.
+
+        Raises:
+            KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
+        """
+        checkpoint = self._resume_from()
+        if trainer.args.device.type == "cpu":
+            hardware.keep_freed_memory()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.stop and self.stop.received is not None:
+            self._record(trainer, "interrupted")
+            self.tracker.finish("aborted")
+            cli.note(f"检查点已保存：{self.folder}/checkpoint-{trainer.state.global_step}；加上 --resume 即可继续")
+            raise KeyboardInterrupt if self.stop.received == signal.SIGINT else cli.Terminated
+
+    def finish(self, trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", rows: Rows, general: str) -> None:
+        """Generate the sample answers, draw the curve, complete run.json and say where everything is."""
+        from qwenmed.engine import TransformersEngine
+
+        self._record(trainer, "finished")
+        wanted = rows.val_records[:SAMPLE_COUNT] if self.settings.sample_tokens else []
+        if wanted:
+            cli.note(f"用最佳检查点回答 {len(wanted)} 个验证问题 …")
+            engine = TransformersEngine(_ready_to_generate(trainer.model), tokenizer, seed=self.settings.seed)
+            prompts = [chat.user_messages(record.question, record.system or general) for record in wanted]
+            replies = engine.generate([(messages, self.settings.sample_tokens) for messages in prompts])
+            samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
+            files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
+            self.tracker.log_texts(
+                "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
+            )
+        self.tracker.finish()
+        metrics = self.file.content["metrics"]
+        cli.note(
+            f"损失：训练 {metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}，验证 {metrics['last_eval_loss']:.4f}\n"
+            f"最佳检查点：{self.file.content['best_checkpoint']}\n"
+            f"损失曲线：{self.folder / tracking.PLOT_FILE}\n"
+            f"运行记录：{self.folder / tracking.RUN_FILE}"
+        )
+
+    def _resume_from(self) -> Path | None:
+        if not self.settings.resume:
+            return None
+        finished = checkpoints.finished_checkpoints(self.folder)
+        cli.note(f"从 {finished[-1]} 继续训练" if finished else "没有可以继续的检查点，从头开始训练")
+        return finished[-1] if finished else None
+
+    def _record(self, trainer: "SFTTrainer", status: str) -> None:
+        state = trainer.state
+        losses = [entry for entry in state.log_history if "loss" in entry]
+        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+        tracking.plot_losses(state.log_history, self.folder / tracking.PLOT_FILE, self.folder.name)
+        self.file.update(
+            status=status,
+            ended=tracking.now(),
+            steps=state.global_step,
+            epochs=state.epoch,
+            metrics={
+                "first_loss": losses[0]["loss"] if losses else None,
+                "last_loss": losses[-1]["loss"] if losses else None,
+                "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+                "best_eval_loss": state.best_metric,
+            },
+            best_checkpoint=str(checkpoints.run_checkpoint(self.folder, "best")),
+            peak_memory_gib=hardware.peak_memory_gib(trainer.args.device),
+            log_history=state.log_history,
+        )
+
+
+def _ready_to_generate(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Out of training mode and with the key-value cache on, which checkpointing turns off."""
+    model.eval()
+    model.activation_checkpointing_disable()
+    model.config.use_cache = True
+    return model
+
+
+def _sample(record: records.Record, generation: "Generation") -> dict[str, Any]:
+    return {
+        "question": record.question,
+        "reference_answer": record.answer,
+        "generated_thinking": generation.reply.thinking,
+        "generated_answer": generation.reply.answer,
+        "finish_reason": generation.finish_reason,
+    }
