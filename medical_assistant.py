@@ -1,0 +1,407 @@
+"""阶段 4：医疗助手——命令行、交互对话、批量和 Python 类。
+
+python medical_assistant.py                                   # 交互模式，菜单选择场景
+python medical_assistant.py -q "头痛三天了怎么办？" -s diagnosis
+python medical_assistant.py -b sample_questions.json -o answers.jsonl
+
+from medical_assistant import MedicalAssistant
+assistant = MedicalAssistant(checkpoint_path="best")
+print(assistant.ask_question("头痛三天了怎么办？", scenario_type="diagnosis"))
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
+from qwenmed import batch, cli, files, triage
+from qwenmed.errors import UserError
+
+if TYPE_CHECKING:
+    from qwenmed.engine import Generation
+
+DEFAULT_MAX_TOKENS = 2048
+# Rows that are sorted by length and generated together; small enough that results come while one waits.
+BATCH_WINDOW = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class AssistantReply:
+    """One answer and how it came about.
+
+    Attributes:
+        answer: as shown: closed by the disclaimer (and the model's notice, if it has one).
+        raw_answer: as generated; "" if the model gave none.
+        finish_reason: "stop" or "length".
+        seconds: wall time.
+        model: the checkpoint's folder.
+    """
+
+    question: str
+    scenario: str
+    thinking: str
+    answer: str
+    raw_answer: str
+    finish_reason: str
+    prompt_tokens: int
+    thinking_tokens: int
+    answer_tokens: int
+    seconds: float
+    model: str
+
+    def as_row(self, id_: Any = None) -> dict[str, Any]:
+        """The reply as an output row; `id` first where there is one."""
+        row = dataclasses.asdict(self)
+        del row["raw_answer"]
+        return row if id_ is None else {"id": id_, **row}
+
+
+class MedicalAssistant:
+    """A conversation with a fine-tuned model under one of the medical scenarios.
+
+    Each `ask_question` continues the conversation; `clear` starts a new one – do so for another patient.
+    `batch` asks every row by itself.
+
+    Args:
+        checkpoint_path: a checkpoint or model folder, "best" or "latest".
+        base_model: where a LoRA adapter's base model lies now, if it has moved.
+        device: "auto", "cuda", "mps" or "cpu".
+        seed: fixes sampling.
+
+    Attributes:
+        last_reply: the newest AssistantReply, thinking included; None before the first.
+        history: all replies of this conversation.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path = "best",
+        *,
+        base_model: str | Path | None = None,
+        device: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        self.checkpoint_path = str(checkpoint_path)
+        self.base_model = Path(base_model) if base_model else None
+        self.device = device
+        self.seed = seed
+        self.history: list[AssistantReply] = []
+        self.last_reply: AssistantReply | None = None
+        self._engine = None
+        self._checkpoint = None
+
+    def load_model(self) -> "MedicalAssistant":
+        """Find and load the checkpoint; does nothing if that has been done.
+
+        Raises:
+            UserError: the checkpoint or device is not there or not usable.
+        """
+        if self._engine is None:
+            from qwenmed import checkpoints, hardware
+
+            self._checkpoint = checkpoints.find(self.checkpoint_path, base_model=self.base_model)
+            device = hardware.pick_device(self.device)
+            cli.note(f"载入{self._checkpoint.kind} {self._checkpoint.path}（{device.type}）…")
+            from qwenmed.engine import TransformersEngine
+
+            model, tokenizer = checkpoints.load(self._checkpoint, hardware.inference_dtype(device))
+            self._engine = TransformersEngine(model.to(device), tokenizer, seed=self.seed)
+        return self
+
+    def ask_question(
+        self, question: str, scenario_type: str = "diagnosis", max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> str:
+        """Ask, and return the answer with its disclaimer; the thinking is in `last_reply`.
+
+        Raises:
+            UserError: an empty or over-long question, an unknown scenario, or no usable model.
+        """
+        for _ in self.stream(question, scenario_type, max_tokens):
+            pass
+        return self.last_reply.answer
+
+    def stream(
+        self, question: str, scenario_type: str = "diagnosis", max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> Iterator[tuple[str, str]]:
+        """Ask, and yield ("thinking" | "answer" | "closing", piece) pairs as they come.
+
+        The reply joins the conversation when it is complete; an abandoned one leaves no trace.
+
+        Raises:
+            UserError: as `ask_question`.
+        """
+        question = check_question(question)
+        check_scenario(scenario_type)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens 应为正整数，而不是 {max_tokens}")
+        self.load_model()
+        from qwenmed.engine import Generation
+
+        shown = ""
+        for event in self._engine.stream(self._messages(question, scenario_type, max_tokens), max_tokens):
+            if isinstance(event, Generation):
+                reply = self._reply(question, scenario_type, event, max_tokens)
+            else:
+                shown += event.text if event.kind == "answer" else ""
+                yield event.kind, event.text
+        self.last_reply = reply
+        self.history.append(reply)
+        yield "closing", reply.answer.removeprefix(shown.strip()).strip()
+
+    def batch(
+        self,
+        rows: Iterable[Mapping[str, Any] | str | batch.Request],
+        scenario_type: str = "diagnosis",
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> Iterator[dict[str, Any]]:
+        """Ask many questions, each by itself, in padded batches; yields output rows in input order.
+
+        A row that can't be asked comes back with `error` and spoils no other.
+
+        Args:
+            rows: questions, or rows with `question` and optional `scenario`, `max_tokens`, `id`.
+            scenario_type, max_tokens: for rows that don't say.
+        """
+        check_scenario(scenario_type)
+        window: list[batch.Request] = []
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, batch.Request):
+                row = batch.parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
+            window.append(row)
+            if len(window) == BATCH_WINDOW:
+                yield from self._answer_window(window)
+                window = []
+        if window:
+            yield from self._answer_window(window)
+
+    def clear(self) -> None:
+        """Start a new conversation."""
+        self.history.clear()
+        self.last_reply = None
+
+    def save_conversation(self, path: str | Path | None = None) -> Path:
+        """Write the conversation as JSON, readable by its owner only (mode 0600).
+
+        Args:
+            path: where to; by default conversation_<time>.json in the current folder.
+        """
+        path = Path(path or f"conversation_{datetime.datetime.now():%Y%m%d_%H%M%S}.json")
+        turns = [reply.as_row() for reply in self.history]
+        files.write_json(path, {"disclaimer": triage.DISCLAIMER, "turns": turns}, private=True)
+        return path
+
+    def _messages(self, question: str, scenario: str, max_tokens: int) -> list[dict[str, str]]:
+        """The prompt, with as many of the newest turns as leave room for the reply."""
+        from qwenmed import chat
+
+        turns = [
+            [{"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.raw_answer}]
+            for reply in self.history
+            if reply.raw_answer
+        ]
+        while True:
+            earlier = [message for turn in turns for message in turn]
+            messages = chat.user_messages(question, MEDICAL_PROMPTS[scenario], earlier)
+            if not turns or self._engine.count_tokens(messages) + max_tokens <= self._engine.context_length:
+                return messages
+            turns.pop(0)
+
+    def _answer_window(self, requests: list[batch.Request]) -> Iterator[dict[str, Any]]:
+        from qwenmed import chat
+
+        if any(request.error is None for request in requests):
+            self.load_model()
+        prompts, errors = {}, {i: request.error for i, request in enumerate(requests) if request.error}
+        for i, request in enumerate(requests):
+            if i in errors:
+                continue
+            prompts[i] = chat.user_messages(request.question, MEDICAL_PROMPTS[request.scenario])
+            if (tokens := self._engine.count_tokens(prompts[i])) >= self._engine.context_length:
+                errors[i] = f"问题太长：{tokens} 个 token，上下文只有 {self._engine.context_length}"
+        asked = [i for i in prompts if i not in errors]
+        generated = self._engine.generate([(prompts[i], requests[i].max_tokens) for i in asked]) if asked else []
+        replies = dict(zip(asked, generated, strict=True))
+        for i, request in enumerate(requests):
+            if i in errors:
+                yield {"id": request.id, "question": request.question, "scenario": request.scenario, "error": errors[i]}
+            else:
+                yield self._reply(request.question, request.scenario, replies[i], request.max_tokens).as_row(request.id)
+
+    def _reply(self, question: str, scenario: str, generation: "Generation", max_tokens: int) -> AssistantReply:
+        raw = generation.reply.answer
+        unfinished = (
+            triage.NO_ANSWER.format(limit=max_tokens) if generation.finish_reason == "length" else triage.EMPTY_ANSWER
+        )
+        return AssistantReply(
+            question=question,
+            scenario=scenario,
+            thinking=generation.reply.thinking,
+            answer=triage.close_answer(raw or unfinished, self._checkpoint.notice),
+            raw_answer=raw,
+            finish_reason=generation.finish_reason,
+            prompt_tokens=generation.prompt_tokens,
+            thinking_tokens=generation.thinking_tokens,
+            answer_tokens=generation.answer_tokens,
+            seconds=round(generation.seconds, 3),
+            model=str(self._checkpoint.path),
+        )
+
+
+def check_question(question: object) -> str:
+    """The question without blanks around it.
+
+    Raises:
+        UserError: it is no text, or empty.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise UserError("问题是空的", None, "请写出想问的内容")
+    return question.strip()
+
+
+def check_scenario(scenario: str) -> None:
+    """Make sure that a scenario exists.
+
+    Raises:
+        UserError: it doesn't; the valid ones are listed.
+    """
+    if scenario not in MEDICAL_SCENARIOS:
+        valid = "、".join(f"{id_}（{name}）" for id_, name in MEDICAL_SCENARIOS.items())
+        raise UserError(f"未知场景 {scenario}", None, f"可选：{valid}")
+
+
+def main() -> int:
+    """The command line."""
+    args = parse_args()
+    if args.scenario:
+        check_scenario(args.scenario)
+    if args.question is not None:
+        check_question(args.question)
+    assistant = MedicalAssistant(args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed)
+    if args.batch:
+        return answer_batch(assistant, args)
+    if args.question is not None:
+        return answer_one(assistant, args)
+    return converse(assistant, args)
+
+
+def parse_args() -> argparse.Namespace:
+    """The options."""
+    parser = cli.build_parser("medical_assistant.py", __doc__)
+    ask = parser.add_argument_group("提问（都不给时进入交互模式）")
+    ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题")
+    ask.add_argument("-b", "--batch", type=Path, metavar="FILE", help="批量：JSON 列表、JSONL 或 CSV")
+    ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
+    scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
+    ask.add_argument("-s", "--scenario", metavar="ID", help=f"场景（默认 diagnosis）：{scenarios}")
+    model = parser.add_argument_group("模型")
+    model.add_argument(
+        "-c", "--checkpoint", default="best", metavar="DIR|latest|best", help="检查点；best、latest 取最近一次训练的"
+    )
+    model.add_argument("--base-model", type=Path, metavar="DIR", help="LoRA 的基础模型现在的目录")
+    model.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="设备")
+    reply = parser.add_argument_group("回答")
+    reply.add_argument(
+        "-m", "--max-tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, metavar="N", help="最多生成的 token 数"
+    )
+    reply.add_argument("--seed", type=int, metavar="N", help="固定采样，使结果可以重复")
+    reply.add_argument("--json", action="store_true", help="以 JSON 输出，每行一个结果")
+    reply.add_argument(
+        "--save-history",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="结束时保存对话（默认 conversation_时间.json，仅自己可读）",
+    )
+    args = parser.parse_args()
+    if args.batch and args.question is not None:
+        parser.error("-q 和 -b 不能同时使用")
+    if args.output and not args.batch:
+        parser.error("-o 只用于批量（-b）")
+    return args
+
+
+def answer_one(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
+    """`-q`: one question."""
+    pieces = assistant.stream(args.question, args.scenario or "diagnosis", args.max_tokens)
+    if args.json:
+        for _ in pieces:
+            pass
+        print(json.dumps(assistant.last_reply.as_row(), ensure_ascii=False))
+    else:
+        from qwenmed import terminal
+
+        terminal.print_reply(pieces)
+        warn_if_cut(assistant.last_reply, args.max_tokens)
+    save_history(assistant, args)
+    return cli.EXIT_OK
+
+
+def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
+    """`-b`: a file of questions; exit status 3 if any row failed."""
+    from qwenmed import terminal
+
+    requests = batch.read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
+    if args.output:
+        files.check_writable(args.output.parent)
+    assistant.load_model()
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(terminal.batch_progress(len(requests)))
+        out = stack.enter_context(files.growing_file(args.output)) if args.output else sys.stdout
+        as_line = as_text if not (args.output or args.json) else lambda row: json.dumps(row, ensure_ascii=False)
+        for row in assistant.batch(requests):
+            failed += "error" in row
+            print(as_line(row), file=out, flush=True)
+            progress.update()
+    if args.output:
+        cli.note(f"已写入 {args.output}")
+    cli.note(f"完成 {len(requests) - failed} 题，失败 {failed} 题")
+    return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
+
+
+def as_text(row: dict[str, Any]) -> str:
+    """A batch row for a reader."""
+    head = f"—— {row['id']}. [{MEDICAL_SCENARIOS.get(row['scenario'], row['scenario'])}] {row['question']}"
+    return f"{head}\n错误：{row['error']}\n" if "error" in row else f"{head}\n{row['answer']}\n"
+
+
+def converse(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
+    """The interactive mode."""
+    from qwenmed import terminal
+
+    assistant.load_model()
+
+    def ask(question: str, scenario: str) -> Iterator[tuple[str, str]]:
+        yield from assistant.stream(question, scenario, args.max_tokens)
+        warn_if_cut(assistant.last_reply, args.max_tokens)
+
+    session = terminal.Session(
+        MEDICAL_SCENARIOS, SAMPLE_QUESTIONS, ask, assistant.clear, assistant.save_conversation, args.scenario
+    )
+    try:
+        session.run()
+    finally:
+        save_history(assistant, args)
+    return cli.EXIT_OK
+
+
+def warn_if_cut(reply: AssistantReply, max_tokens: int) -> None:
+    """Say when the token limit has cut an answer off."""
+    if reply.finish_reason == "length" and reply.raw_answer:
+        cli.note(f"（到达 {max_tokens} 个 token 的上限，回答不完整；可用 -m 增大）")
+
+
+def save_history(assistant: MedicalAssistant, args: argparse.Namespace) -> None:
+    """`--save-history`: keep the conversation, only where asked for."""
+    if args.save_history is not None and assistant.history:
+        cli.note(f"对话已保存：{assistant.save_conversation(args.save_history or None)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,40 @@
+"""阶段 2a：全参数微调 Qwen3。
+
+    python train.py                                  # 用 train.jsonl / val.jsonl 微调 Qwen3-0.6B
+    python train.py --model demo                     # 内置演示模型，CPU 上几分钟
+    python train.py --config configs/full.yaml --learning-rate 2e-5
+    python train.py --resume                         # 从最新的完整检查点继续
+
+全部参数都参加训练：权重、梯度和 AdamW 的两个矩共 16 字节/参数（fp32）。显存不够时请用 train_lora.py。
+结果写在 output/<模型名>-full/：检查点、run.json、loss.png、samples.jsonl、swanlog/。
+"""
+
+from pathlib import Path
+
+from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
+from qwenmed import checkpoints, cli, hardware, training
+from qwenmed.settings import TrainSettings
+
+
+def main() -> None:
+    """Full-parameter SFT, step by step."""
+    settings, model_folder = training.read_command_line("train.py", __doc__, TrainSettings, MEDICAL_PROMPTS.values())
+    folder = training.open_run_folder(settings, model_folder, "full")
+    device = hardware.pick_device(settings.device)
+    tokenizer = checkpoints.load_tokenizer(model_folder)
+    rows = training.load_rows(settings, tokenizer, GENERAL_PROMPT, MEDICAL_PROMPTS)
+
+    precision = hardware.full_precision(device, checkpoints.count_parameters(model_folder))
+    cli.note(f"设备 {device.type}：{precision.reason}")
+    model = checkpoints.load_base(model_folder, precision.weights)
+
+    run = training.Run(settings, Path(folder), "full", model_folder)
+    card = run.begin(rows, tokenizer, precision, device)
+    config = training.sft_config(settings, folder, device, precision.autocast)
+    trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks())
+    run.train(trainer)
+    run.finish(trainer, tokenizer, rows, GENERAL_PROMPT)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,43 @@
+"""阶段 2b：LoRA 微调 Qwen3。
+
+    python train_lora.py                             # 用 train.jsonl / val.jsonl 微调 Qwen3-0.6B
+    python train_lora.py --model output/demo-full    # 在全参数微调的最佳检查点上继续
+    python train_lora.py --lora-rank 32 --lora-alpha 64
+    python train_lora.py --resume                    # 从最新的完整检查点继续
+
+原模型冻结（有 bf16 的 GPU 上为 bf16），只训练加在七个线性层上的低秩矩阵；学习率比全参数微调大一个数量级。
+结果写在 output/<模型名>-lora/：适配器检查点、run.json、loss.png、samples.jsonl、swanlog/。
+"""
+
+from pathlib import Path
+
+from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
+from qwenmed import checkpoints, cli, hardware, training
+from qwenmed.settings import LoraSettings
+
+
+def main() -> None:
+    """LoRA SFT, step by step."""
+    settings, model_folder = training.read_command_line(
+        "train_lora.py", __doc__, LoraSettings, MEDICAL_PROMPTS.values()
+    )
+    folder = training.open_run_folder(settings, model_folder, "lora")
+    device = hardware.pick_device(settings.device)
+    tokenizer = checkpoints.load_tokenizer(model_folder)
+    rows = training.load_rows(settings, tokenizer, GENERAL_PROMPT, MEDICAL_PROMPTS)
+
+    precision = hardware.lora_precision(device)
+    cli.note(f"设备 {device.type}：{precision.reason}")
+    model = checkpoints.load_base(model_folder, precision.weights)
+
+    run = training.Run(settings, Path(folder), "lora", model_folder)
+    card = run.begin(rows, tokenizer, precision, device)
+    config = training.sft_config(settings, folder, device, precision.autocast)
+    adapter = training.lora_config(settings)
+    trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks(), adapter)
+    run.train(trainer)
+    run.finish(trainer, tokenizer, rows, GENERAL_PROMPT)
+
+
+if __name__ == "__main__":
+    cli.run(main)
