@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import batch, cli, files, triage
+from qwenmed import cli, files, triage
+from qwenmed.batch import Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class MedicalAssistant:
 
     def batch(
         self,
-        rows: Iterable[Mapping[str, Any] | str | batch.Request],
+        rows: Iterable[Mapping[str, Any] | str | Request],
         scenario_type: str = "diagnosis",
         max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> Iterator[dict[str, Any]]:
@@ -169,10 +170,10 @@ class MedicalAssistant:
             scenario_type, max_tokens: for rows that don't say.
         """
         check_scenario(scenario_type)
-        window: list[batch.Request] = []
+        window: list[Request] = []
         for number, row in enumerate(rows, 1):
-            if not isinstance(row, batch.Request):
-                row = batch.parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
+            if not isinstance(row, Request):
+                row = parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
             window.append(row)
             if len(window) == BATCH_WINDOW:
                 yield from self._answer_window(window)
@@ -212,7 +213,7 @@ class MedicalAssistant:
                 return messages
             turns.pop(0)
 
-    def _answer_window(self, requests: list[batch.Request]) -> Iterator[dict[str, Any]]:
+    def _answer_window(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
         from qwenmed import chat
 
         if any(request.error is None for request in requests):
@@ -346,7 +347,7 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     """`-b`: a file of questions; exit status 3 if any row failed."""
     from qwenmed import terminal
 
-    requests = batch.read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
+    requests = read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
     if args.output:
         files.check_writable(args.output.parent)
     assistant.load_model()

@@ -196,7 +196,7 @@ class ReplyParser:
         opened = any(event["type"] == "region_open" for event in self._parser.initial_events)
         self._text = THINK_START if opened else ""
         self._region: str | None = "reasoning_content" if opened else None
-        self._blank = True  # nothing but line breaks so far in this region
+        self._blanks: str | None = None  # blanks that wait for text to follow; None before a region's first text
         self._parts: dict[str, list[str]] = {"reasoning_content": [], "content": []}
 
     def feed(self, text: str) -> list[tuple[str, str]]:
@@ -225,13 +225,19 @@ class ReplyParser:
         pieces = []
         for event in events:
             if event["type"] == "region_open":
-                self._region, self._blank = event["field"], True
+                self._region, self._blanks = event["field"], None
             elif event["type"] == "region_close":
                 self._parts[event["field"]].append(event["value"])
-            else:
-                # The line breaks after a tag belong to the format, not to the text.
-                piece = event["text"].lstrip() if self._blank else event["text"]
-                if piece:
-                    self._blank = False
-                    pieces.append(("thinking" if self._region == "reasoning_content" else "answer", piece))
+            elif piece := self._between_blanks(event["text"]):
+                pieces.append(("thinking" if self._region == "reasoning_content" else "answer", piece))
         return pieces
+
+    def _between_blanks(self, text: str) -> str:
+        """The text without the blanks at a region's ends: they belong to the format, not to the text."""
+        body = text.strip() if self._blanks is None else text.rstrip()
+        if not body:
+            self._blanks = None if self._blanks is None else self._blanks + text
+            return ""
+        piece = (self._blanks or "") + body
+        self._blanks = text[len(text.rstrip()) :]
+        return piece

@@ -4,10 +4,12 @@ SwanLab is never allowed to stop a training or to wait for a login, and sends or
 command line, console output or Git remote.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,8 @@ class Tracker:
         if not self._active:
             return
         try:
-            action(*arguments, **options)
+            with contextlib.redirect_stdout(sys.stderr):  # its notes are no results
+                action(*arguments, **options)
         except Exception as error:  # a tracker may fail in any way; the training must go on
             self._active = False
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

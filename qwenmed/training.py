@@ -182,6 +182,7 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
     # A share of the steps stays a float: transformers turns it into steps once it knows how many there are.
     every = settings.eval_steps if settings.eval_steps < 1 else int(settings.eval_steps)
     checkpointing = settings.gradient_checkpointing
+    by_loss = settings.best_by == "eval_loss"
     return SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -202,9 +203,10 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
         save_strategy="steps",
         save_steps=every,
         save_total_limit=settings.save_total_limit,
-        load_best_model_at_end=settings.best_by == "eval_loss",
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        load_best_model_at_end=by_loss,
+        # Without a metric the trainer knows no best checkpoint; with one it would keep that and drop the last.
+        metric_for_best_model="eval_loss" if by_loss else None,
+        greater_is_better=False if by_loss else None,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         bf16=autocast == "bf16",
@@ -387,7 +389,7 @@ class Run:
                 "first_loss": losses[0]["loss"] if losses else None,
                 "last_loss": losses[-1]["loss"] if losses else None,
                 "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-                "best_eval_loss": state.best_metric,
+                "best_eval_loss": min((entry["eval_loss"] for entry in evaluations), default=None),
             },
             best_checkpoint=str(checkpoints.run_checkpoint(self.folder, "best")),
             peak_memory_gib=hardware.peak_memory_gib(trainer.args.device),

@@ -1,0 +1,150 @@
+"""`data.py` as a user runs it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, assert_user_error, run_script
+
+NAMES = ("train.jsonl", "val.jsonl", "train_format.jsonl", "val_format.jsonl")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make(folder, count, name="in.jsonl"):
+    rows = [
+        {"instruction": "i", "question": f"问题{i}", "think": f"思考{i}", "answer": f"回答{i}"} for i in range(count)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / name).write_text(text, encoding="utf-8")
+    return rows
+
+
+def test_clean_file_splits_exactly_as_the_original_project_did(tmp_path):
+    rows = make(tmp_path, 57)
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 0, done.err
+    random.Random(42).shuffle(rows)
+    assert rows_of(tmp_path / "train.jsonl") == rows[:51] and rows_of(tmp_path / "val.jsonl") == rows[51:]
+
+
+def test_formatted_rows_are_what_the_template_trains(tmp_path):
+    make(tmp_path, 10)
+    run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    raw, formatted = rows_of(tmp_path / "val.jsonl")[0], rows_of(tmp_path / "val_format.jsonl")[0]
+    assert formatted == {
+        "instruction": "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。",
+        "input": raw["question"],
+        "output": f"<think>\n{raw['think']}\n</think>\n\n{raw['answer']}",
+    }
+
+
+def test_dropped_rows_are_named_with_line_and_reason_and_good_ones_kept(tmp_path):
+    make(tmp_path, 12)
+    lines = (tmp_path / "in.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[2] = '{"question": "只有问题", "think": "x"}'
+    lines[4] = '{"question": "断了'
+    lines[6] = lines[5]
+    (tmp_path / "in.jsonl").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8-sig")
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 3
+    assert "in.jsonl:3：缺少 answer" in done.err and "in.jsonl:5：不是合法的 JSON" in done.err
+    assert "in.jsonl:7：与 in.jsonl:6 完全重复" in done.err
+    assert "无效 2，重复 1，可用 9" in done.out
+    assert len(rows_of(tmp_path / "train.jsonl")) + len(rows_of(tmp_path / "val.jsonl")) == 9
+
+
+def test_formatted_files_are_rebuilt_when_source_or_seed_change(tmp_path):
+    make(tmp_path, 20)
+    run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    before = (tmp_path / "train_format.jsonl").read_text(encoding="utf-8")
+    run_script("data.py", "--source", "in.jsonl", "--seed", "7", cwd=tmp_path)
+    other_seed = (tmp_path / "train_format.jsonl").read_text(encoding="utf-8")
+    text = (tmp_path / "in.jsonl").read_text(encoding="utf-8").replace("回答", "新回答")
+    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+    run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert before != other_seed
+    assert (tmp_path / "train_format.jsonl").read_text(encoding="utf-8") == before.replace("回答", "新回答").replace(
+        "带有思考的新回答", "带有思考的回答"
+    )
+
+
+def test_demo_source_counts_tokens_and_spreads_over_the_scenarios(tmp_path):
+    done = run_script("data.py", "--source", "demo", cwd=tmp_path)
+    assert done.status == 0, done.err
+    rows = rows_of(tmp_path / "train.jsonl") + rows_of(tmp_path / "val.jsonl")
+    assert len(rows) >= 80 and "token" in done.out and "中位数" in done.out
+    assert len({row["scenario"] for row in rows}) == 10
+    # In the data the scenario is known, so each record is trained with both of its prompts.
+    assert len(rows_of(tmp_path / "train_format.jsonl")) == 2 * len(rows_of(tmp_path / "train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.jsonl", None, ["missing.jsonl", "不存在"]),
+        ("empty.jsonl", b"", ["empty.jsonl", "空"]),
+        ("binary.jsonl", bytes(range(256)) * 8, ["binary.jsonl", "二进制"]),
+        ("gbk.jsonl", '{"question": "头痛", "answer": "休息"}\n'.encode("gbk"), ["gbk.jsonl", "UTF-8"]),
+        ("cut.jsonl", '{"question": "头痛", "answer": "休息"}\n{"question": "头'.encode(), ["cut.jsonl:2", "不完整"]),
+        ("none.jsonl", '{"question": "头痛"}\n'.encode(), ["none.jsonl", "没有一条可用"]),
+        ("cut.json", '[{"question": "头痛", "answer"'.encode(), ["cut.json", "JSON"]),
+        ("data.parquet", b"PAR1 nothing", ["data.parquet", "Parquet"]),
+        ("table.xlsx", b"PK", ["table.xlsx", "不支持"]),
+    ],
+)
+def test_unusable_source_is_one_line_and_leaves_existing_files(tmp_path, name, content, words):
+    for existing in NAMES:
+        (tmp_path / existing).write_text("old\n", encoding="utf-8")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert_user_error(run_script("data.py", "--source", name, cwd=tmp_path), *words)
+    assert all((tmp_path / existing).read_text(encoding="utf-8") == "old\n" for existing in NAMES)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_full_disk_leaves_the_old_files(tmp_path):
+    if os.name != "posix" or os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("needs root on Linux to mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for existing in NAMES:
+            (disk / existing).write_text("old\n", encoding="utf-8")
+        make(tmp_path, 500)
+        done = run_script("data.py", "--source", "in.jsonl", "--output-dir", disk, cwd=tmp_path)
+        assert_user_error(done, "磁盘空间已满", "disk")
+        assert all((disk / existing).read_text(encoding="utf-8") == "old\n" for existing in NAMES)
+        assert sorted(path.name for path in disk.iterdir()) == sorted(NAMES)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        done = run_script("data.py", "--source", "in.jsonl", "--output-dir", disk, cwd=tmp_path)
+        assert_user_error(done, "只读", "disk")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_output_folder_that_is_a_file_is_refused(tmp_path):
+    make(tmp_path, 10)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    assert_user_error(run_script("data.py", "--source", "in.jsonl", "--output-dir", "file", cwd=tmp_path), "file")
+
+
+def test_bad_options_are_one_line(tmp_path):
+    done = run_script("data.py", "--source", "demo", "--val-ratio", "1.5", cwd=tmp_path)
+    assert_user_error(done, "--val-ratio")
+
+
+def test_runs_from_any_folder_and_under_a_gbk_console(tmp_path):
+    make(tmp_path, 10)
+    done = run_script(
+        "data.py", "--source", "in.jsonl", cwd=tmp_path, env={"PYTHONIOENCODING": "gbk", "PYTHONUTF8": "0"}
+    )
+    assert done.status == 0 and "可用 10" in done.out
+    assert ROOT not in [tmp_path, *tmp_path.parents]

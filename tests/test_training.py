@@ -1,0 +1,232 @@
+"""What training does to data, weights and folders."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_user_error, run_script
+
+from qwenmed import chat, checkpoints, training
+from qwenmed.records import Record
+from qwenmed.settings import LoraSettings, TrainSettings
+
+RECORDS = [Record(f"第{i}个问题？", "想一想" * (i + 1), f"第{i}个回答。") for i in range(6)]
+
+
+@pytest.fixture
+def trainer_of(demo_model, tokenizer, tmp_path):
+    """Builds a trainer over RECORDS with given settings."""
+    import torch
+
+    def build(kind=TrainSettings, **options):
+        settings = kind(model="demo", swanlab="disabled", **options)
+        rows = [chat.training_row(record, "系统") for record in RECORDS]
+        model = checkpoints.load_base(demo_model, torch.float32)
+        config = training.sft_config(settings, tmp_path / "run", torch.device("cpu"), None)
+        adapter = training.lora_config(settings) if kind is LoraSettings else None
+        found = training.Rows(rows, rows[:2], RECORDS[:2], {})
+        return training.build_trainer(model, tokenizer, found, config, {"method": "test"}, peft_config=adapter)
+
+    return build
+
+
+def test_trainer_sees_exactly_the_rendered_tokens_and_mask(trainer_of, tokenizer):
+    trainer = trainer_of()
+    for record, row in zip(RECORDS, trainer.train_dataset, strict=True):
+        ids, labels = chat.render_sample(tokenizer, chat.training_row(record, "系统"))
+        assert row["input_ids"] == ids and row["labels"] == labels
+
+
+def test_batches_mask_their_padding(trainer_of, tokenizer):
+    trainer = trainer_of()
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[5]])
+    assert ((batch["labels"] == -100) | (batch["labels"] == batch["input_ids"])).all()
+    lengths = [len(trainer.train_dataset[i]["input_ids"]) for i in (0, 5)]
+    assert (batch["labels"][0, lengths[0] :] == -100).all()
+    assert batch["labels"][1, lengths[1] - 2] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_weights_are_full_precision_without_a_gpu(trainer_of):
+    import torch
+
+    trainer = trainer_of()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert not trainer.args.bf16 and not trainer.args.fp16
+
+
+def test_lora_trains_the_seven_projections_and_nothing_else(trainer_of):
+    trainer = trainer_of(LoraSettings)
+    trained = {name.split(".")[-4] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_packed_samples_do_not_see_each_other(trainer_of, demo_model):
+    import torch
+
+    trainer = trainer_of(packing=True, max_length=2048)
+    model = checkpoints.load_base(demo_model, torch.float32).eval()
+    packed = trainer.data_collator([trainer.train_dataset[0]])
+    assert len(trainer.train_dataset) == 1  # six short samples in one row
+    with torch.no_grad():
+        together = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+        starts = (packed["position_ids"][0] == 0).nonzero().flatten().tolist()[: len(RECORDS)]
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            alone = model(input_ids=packed["input_ids"][:, start:end], use_cache=False).logits[0]
+            torch.testing.assert_close(together[start:end][: len(alone)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_run_leaves_everything_it_promises(trained):
+    run = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))
+    assert run["status"] == "finished" and run["settings"]["seed"] == 42
+    assert len(run["data"]["train"]["sha256"]) == 64 and run["chat_template_sha256"] and run["versions"]["torch"]
+    assert run["metrics"]["last_loss"] < 0.5 < run["metrics"]["first_loss"]
+    assert (trained.run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (trained.run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == 2 and all("generated_answer" in sample for sample in samples)  # two validation rows exist
+    assert list((trained.run / "swanlog").glob("run-*"))
+
+
+def test_number_of_checkpoints_is_bounded_and_each_describes_itself(trained):
+    found = checkpoints.finished_checkpoints(trained.run)
+    assert 1 <= len(found) <= 2
+    card = json.loads((found[-1] / "checkpoint.json").read_text(encoding="utf-8"))
+    assert card["method"] == "full" and card["settings"]["model"] == "demo"
+    assert not (found[-1] / "README.md").exists()
+
+
+def test_stop_tokens_are_written_with_the_checkpoint(trained, tokenizer):
+    config = json.loads((checkpoints.finished_checkpoints(trained.run)[-1] / "generation_config.json").read_text())
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+    assert set(config["eos_token_id"]) == ends
+
+
+def test_swanlab_stores_no_question_no_command_line_and_no_hostname(trained):
+    import socket
+
+    stored = b"".join(file.read_bytes() for file in (trained.run / "swanlog").rglob("*") if file.is_file())
+    assert stored
+    for secret in (*(row["question"] for row in trained.rows), "--max-steps", socket.gethostname()):
+        assert secret.encode() not in stored
+
+
+def test_second_run_into_a_used_folder_is_refused(trained):
+    done = run_script("train.py", "--model", "demo", cwd=trained.folder)
+    assert_user_error(done, "output/demo-full", "--resume", "--output-dir")
+
+
+@pytest.fixture
+def small_data(tmp_path, demo_rows):
+    """A folder with train.jsonl and val.jsonl of a few records."""
+    for name, rows in (("train", demo_rows[:8]), ("val", demo_rows[8:10])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+COMMON = ["--batch-size", "2", "--logging-steps", "1", "--sample-tokens", "0", "--swanlab", "disabled"]
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(small_data, demo_model):
+    command = ["train.py", "--model", demo_model, "--max-steps", "40", "--eval-steps", "10", *COMMON]
+    whole = run_script(*command, "--output-dir", "whole", cwd=small_data)
+    assert whole.status == 0, whole.err
+
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, command[1:]), "--output-dir", "cut"],
+        cwd=small_data,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(small_data / "cut" / "checkpoint-10" / "trainer_state.json", process)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "--resume" in error
+
+    done = run_script(*command, "--output-dir", "cut", "--resume", cwd=small_data)
+    assert done.status == 0, done.err
+    assert _losses(small_data / "cut") == _losses(small_data / "whole")
+
+
+def test_terminate_signal_saves_and_exits_143(small_data, demo_model):
+    arguments = ["--model", demo_model, "--max-steps", "500", "--eval-steps", "2", *COMMON, "--output-dir", "run"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        cwd=small_data,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(small_data / "run" / "checkpoint-2" / "trainer_state.json", process)
+    process.terminate()
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, error
+    assert checkpoints.finished_checkpoints(small_data / "run")
+
+
+def _wait_for(file, process):
+    until = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _losses(folder):
+    history = json.loads((folder / "run.json").read_text(encoding="utf-8"))["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+def test_broken_tracker_does_not_stop_the_training(small_data, demo_model):
+    (small_data / "run").mkdir()
+    (small_data / "run" / "swanlog").write_text("a file where the tracker wants a folder", encoding="utf-8")
+    options = ["--max-steps", "2", "--eval-steps", "2", *COMMON, "--swanlab", "offline", "--output-dir", "run"]
+    done = run_script("train.py", "--model", demo_model, *options, cwd=small_data)
+    assert done.status == 0, done.err
+    assert "SwanLab 不可用" in done.err and checkpoints.finished_checkpoints(small_data / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no/such/dir/x"], ["no/such/dir/x", "模型目录不存在"]),
+        (["--model", "train.jsonl"], ["train.jsonl", "模型应是目录"]),
+        (["--train-file", "missing.jsonl"], ["missing.jsonl", "data.py"]),
+        (["--learning-rate", "-1"], ["--learning-rate"]),
+        (["--max-length", "abc"], ["--max-length"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--config", "bad.yaml"], ["epochs", "bad.yaml"]),
+        (["--config", "unknown.yaml"], ["learning_rte", "unknown.yaml"]),
+    ],
+)
+def test_bad_settings_give_one_line_before_any_work(small_data, arguments, words):
+    (small_data / "bad.yaml").write_text("epochs: many\n", encoding="utf-8")
+    (small_data / "unknown.yaml").write_text("learning_rte: 1\n", encoding="utf-8")
+    done = run_script("train.py", *arguments, cwd=small_data)
+    assert_user_error(done, *words)
+    assert not (small_data / "output").exists()
+
+
+def test_bad_row_in_training_file_is_named(small_data, demo_model):
+    with (small_data / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"question": "只有问题"}\n')
+    assert_user_error(run_script("train.py", "--model", demo_model, cwd=small_data), "train.jsonl:9", "answer")
+
+
+def test_yaml_settings_apply_and_the_command_line_wins(small_data, demo_model):
+    (small_data / "my.yaml").write_text("max_steps: 9\nlearning_rate: 1e-4\nbatch_size: 2\n", encoding="utf-8")
+    done = run_script(
+        "train.py", "--config", "my.yaml", "--model", demo_model, "--max-steps", "1", "--sample-tokens", "0",
+        "--swanlab", "disabled", "--output-dir", "run", cwd=small_data,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    settings = json.loads((small_data / "run" / "run.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["max_steps"], settings["learning_rate"], settings["batch_size"]) == (1, 1e-4, 2)
+
+
+def test_best_by_last_keeps_the_last_checkpoint_even_when_validation_gets_worse(trained):
+    history = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))["log_history"]
+    validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert validation[-1] > validation[0]  # it is learning by heart
+    assert checkpoints.run_checkpoint(trained.run, "best").name == "checkpoint-110"
