@@ -10,6 +10,7 @@
 """
 
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,15 +110,24 @@ def summarise(output_dir, train, val, args, read: int, invalid: int, duplicates:
     if no_think:
         print(f"其中 {no_think} 条没有思考过程")
     print(f"长度（完整对话，{unit}）：")
-    print(f"{'':8}{'条数':>8}{'中位数':>8}{'p95':>8}{'最长':>8}   超过 {args.max_length}")
+    print_row("", "条数", "中位数", "p95", "最长", f"超过 {args.max_length}")
     for name, part in (("train", train), ("val", val)):
         lengths = sorted(measure(record) for record in part)
         p95 = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
         over = sum(length > args.max_length for length in lengths)
-        middle = round(statistics.median(lengths))
-        print(f"{name:8}{len(lengths):>10}{middle:>11}{p95:>8}{lengths[-1]:>10}   {over}")
+        shown = over if unit == "token" else "未知"
+        print_row(name, len(lengths), round(statistics.median(lengths)), p95, lengths[-1], shown)
     names = "train.jsonl、val.jsonl、train_format.jsonl、val_format.jsonl"
     print(f"已写入 {output_dir.resolve()}：{names}")
+
+
+def print_row(*cells: object) -> None:
+    """Print a table row whose columns stay in line; a Chinese character is two columns wide."""
+    columns = []
+    for cell in map(str, cells):
+        width = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in cell)
+        columns.append(" " * (11 - width) + cell)
+    print("".join(columns))
 
 
 def length_measure(tokenizer_dir: Path | None, demo_source: bool):

@@ -31,8 +31,8 @@ def main() -> None:
 
 def parse_args():
     """The command line."""
-    parser = cli.build_parser("inference.py", __doc__)
-    parser.add_argument("question", nargs="?", metavar="QUESTION", help="问题；不给时从管道读取，或当场询问")
+    parser = cli.build_parser("inference.py", __doc__, "[问题] [选项]")
+    parser.general.add_argument("question", nargs="?", metavar="QUESTION", help="问题；不给时从管道读取，或当场询问")
     model = parser.add_argument_group("模型")
     model.add_argument(
         "-c",

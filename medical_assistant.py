@@ -1,12 +1,14 @@
 """阶段 4：医疗助手——命令行、交互对话、批量和 Python 类。
 
-python medical_assistant.py                                   # 交互模式，菜单选择场景
-python medical_assistant.py -q "头痛三天了怎么办？" -s diagnosis
-python medical_assistant.py -b sample_questions.json -o answers.jsonl
+    python medical_assistant.py                                   # 交互模式，菜单选择场景
+    python medical_assistant.py -q "头痛三天了怎么办？" -s diagnosis
+    python medical_assistant.py -b sample_questions.json -o answers.jsonl
 
-from medical_assistant import MedicalAssistant
-assistant = MedicalAssistant(checkpoint_path="best")
-print(assistant.ask_question("头痛三天了怎么办？", scenario_type="diagnosis"))
+    from medical_assistant import MedicalAssistant
+    assistant = MedicalAssistant(checkpoint_path="best")
+    print(assistant.ask_question("头痛三天了怎么办？", scenario_type="diagnosis"))
+
+场景、提示词和示例问题都在 prompts.py 里。思考与回答分开显示，每条回答都以免责声明结束。
 """
 
 import argparse

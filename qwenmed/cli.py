@@ -28,10 +28,17 @@ class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that no `except Exception` swallows it."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with a one-line error; its usage block hides the line that matters."""
+class Parser(argparse.ArgumentParser):
+    """argparse with a one-line error; its usage block hides the line that matters.
+
+    Attributes:
+        general: the group of options that every script has.
+    """
+
+    general: argparse._ArgumentGroup
 
     def error(self, message: str) -> typing.NoReturn:
+        """Say what is wrong in one line and leave with status 2."""
         self.exit(EXIT_USER_ERROR, f"错误：{message}。用 {self.prog} --help 查看用法\n")
 
 
@@ -40,21 +47,23 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        plain = action.default in (None, argparse.SUPPRESS, False, True) or not action.option_strings
+        bare = (None, argparse.SUPPRESS, False, True)
+        plain = any(action.default is value for value in bare) or not action.option_strings
         return text if plain or "%(default)" in text else f"{text}（默认 %(default)s）"
 
 
-def build_parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    """A parser whose description is the script's docstring."""
-    parser = _Parser(
+def build_parser(prog: str, doc: str, arguments: str = "[选项]") -> Parser:
+    """A parser whose description is the script's docstring; `arguments` stand in its usage line."""
+    parser = Parser(
         prog=prog,
+        usage=f"{prog} {arguments}".rstrip(),
         description=doc.strip(),
         formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=100),
         add_help=False,
         allow_abbrev=False,
     )
-    general = parser.add_argument_group("通用")
-    general.add_argument("-h", "--help", action="help", help="显示本帮助")
+    parser.general = parser.add_argument_group("通用")
+    parser.general.add_argument("-h", "--help", action="help", help="显示本帮助")
     return parser
 
 
@@ -84,7 +93,11 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
         plain_type, _ = field_type(settings, field.name)
-        text = meta["help"] if field.default in (None, False) else f"{meta['help']}（默认 {_shown(field.default)}）"
+        text = (
+            meta["help"]
+            if field.default is None or field.default is False
+            else f"{meta['help']}（默认 {_shown(field.default)}）"
+        )
         text = text.replace("%", "%%")
         option = "--" + field.name.replace("_", "-")
         if plain_type is bool:

@@ -49,9 +49,7 @@ def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterab
         UserError: a setting is wrong, a data file is missing, or there is no such model.
     """
     parser = cli.build_parser(prog, doc)
-    parser.add_argument_group("通用").add_argument(
-        "--config", type=Path, metavar="FILE.yaml", help="从 YAML 读取设置；命令行优先"
-    )
+    parser.general.add_argument("--config", type=Path, metavar="FILE.yaml", help="从 YAML 读取设置；命令行优先")
     cli.add_settings(parser, kind)
     given = vars(parser.parse_args())
     config = given.pop("config")
