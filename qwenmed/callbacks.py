@@ -43,6 +43,12 @@ class ProgressBar(ProgressCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """No second bar for the evaluation: it is short, and the losses tell when it has happened."""
 
+    def close(self) -> None:
+        """Take the bar away, so that a message after a failure stands on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest losses."""
         if self.training_bar is None:

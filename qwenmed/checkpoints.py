@@ -6,6 +6,7 @@ is never chosen by `latest`, `best` or `--resume`. `checkpoint.json` beside the 
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,12 @@ def run_checkpoint(run: Path, which: str) -> Path:
 def finished_checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, by step."""
     return sorted((path for path in run.glob("checkpoint-*") if _trainer_state(path)), key=_step)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove the checkpoints of a run that were never finished."""
+    for path in set(run.glob("checkpoint-*")) - set(finished_checkpoints(run)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def is_run_folder(path: Path) -> bool:

@@ -1,9 +1,11 @@
 """Files: read as UTF-8, written whole under a temporary name and then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -133,6 +135,13 @@ def check_writable(folder: Path) -> Path:
     with tempfile.TemporaryFile(dir=folder):
         pass
     return folder
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether a failed write failed for lack of space; safetensors and torch raise errors of their own for it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -112,6 +113,8 @@ class Tracker:
     def _init(self, mode: str, log_dir: Path, name: str, config: dict[str, Any], run_id: str | None) -> None:
         import swanlab
 
+        if mode == "local" and importlib.util.find_spec("swanboard") is None:
+            raise RuntimeError("local 模式需要面板，请运行 pip install 'swanlab[dashboard]'")
         log_dir.mkdir(parents=True, exist_ok=True)
         run = swanlab.init(
             project=os.environ.get("SWANLAB_PROJ_NAME", "qwen3-medical"),

@@ -270,7 +270,8 @@ def build_trainer(
     trainer.card = card
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar)
+    trainer.progress_bar = ProgressBar()
+    trainer.add_callback(trainer.progress_bar)
     return trainer
 
 
@@ -330,11 +331,21 @@ class Run:
 
         Raises:
             KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
+            UserError: the disk is full.
         """
         checkpoint = self._resume_from()
         if trainer.args.device.type == "cpu":
             hardware.keep_freed_memory()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if not files.is_disk_full(error, self.folder):
+                raise
+            checkpoints.remove_unfinished(self.folder)
+            remedy = "已完成的检查点都在；清理磁盘后用 --resume 继续，或用 --output-dir 换一个目录重新训练"
+            raise UserError("磁盘空间已满，检查点没有存下", self.folder, remedy) from error
+        finally:
+            trainer.progress_bar.close()
         if self.stop and self.stop.received is not None:
             self._record(trainer, "interrupted")
             self.tracker.finish("aborted")

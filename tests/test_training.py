@@ -1,6 +1,7 @@
 """What training does to data, weights and folders."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +186,24 @@ def test_broken_tracker_does_not_stop_the_training(small_data, demo_model):
     done = run_script("train.py", "--model", demo_model, *options, cwd=small_data)
     assert done.status == 0, done.err
     assert "SwanLab 不可用" in done.err and checkpoints.finished_checkpoints(small_data / "run")
+
+
+def test_full_disk_while_saving_keeps_the_finished_checkpoints(small_data, demo_model):
+    disk = small_data / "disk"
+    disk.mkdir()
+    if os.name != "posix" or os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("needs root on Linux to mount a small file system")
+    # Room for one checkpoint of the demo model (weights 11 MB, optimizer 21 MB), not for two.
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        options = ["--max-steps", "4", "--eval-steps", "2", *COMMON, "--output-dir", disk / "run"]
+        done = run_script("train.py", "--model", demo_model, *options, cwd=small_data)
+        assert_user_error(done, "磁盘空间已满", "--resume")
+        assert [path.name for path in (disk / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+        assert checkpoints.finished_checkpoints(disk / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize(
