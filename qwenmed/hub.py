@@ -158,25 +158,25 @@ def _download(source: str, repo_id: str, kind: str, folder: Path, revision: str 
 def _from_modelscope(repo_id: str, kind: str, folder: Path, revision: str | None) -> None:
     import logging
 
-    logging.getLogger("modelscope").setLevel(logging.ERROR)
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
     from modelscope import dataset_snapshot_download, snapshot_download
-    from modelscope_hub.errors import FileIntegrityError, HubError, NotExistError
+    from modelscope_hub.errors import HubError, NotExistError
 
+    for name in ("modelscope", "modelscope_hub"):  # their INFO lines say nothing that the bars don't
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     download = snapshot_download if kind == "model" else dataset_snapshot_download
     try:
         download(repo_id, revision=revision, local_dir=str(folder), ignore_patterns=IGNORED)
     except NotExistError:
         raise SourceError(f"没有 {repo_id}（404）") from None
-    except FileIntegrityError as error:
-        raise SourceError(f"校验和不对，文件没有采用（{_short(error)}）") from error
-    except HubError as error:
-        raise SourceError(_short(error)) from error
+    except HubError as error:  # a failed checksum of one file arrives inside the failure of the whole
+        mismatch = "Hash mismatch" in str(error)
+        raise SourceError("文件的校验和不对，没有采用" if mismatch else _short(error)) from error
     except (OSError, ValueError) as error:
         _raise_as_source_error(error)
 
 
 def _from_huggingface(repo_id: str, kind: str, folder: Path, revision: str | None) -> None:
+    import httpx2  # the client's own HTTP library, whose errors it passes on
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -190,11 +190,11 @@ def _from_huggingface(repo_id: str, kind: str, folder: Path, revision: str | Non
             _check_sha256(folder / entry.path, getattr(getattr(entry, "lfs", None), "sha256", None))
     except RepositoryNotFoundError:
         raise SourceError(f"没有 {repo_id}（404）") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError) as error:
         raise SourceError(_short(error)) from error
     except (OSError, ValueError) as error:
         _raise_as_source_error(error)
-    except RuntimeError as error:  # how httpx's transport errors and size mismatches arrive
+    except RuntimeError as error:  # so a file of the wrong size arrives
         raise SourceError(_short(error)) from error
 
 
