@@ -1,8 +1,9 @@
 """Fetching models and data sets from ModelScope and Hugging Face, and telling a whole model folder from a part.
 
 A download goes into a hidden folder beside its target and takes the target's name only when it is complete
-and verified; a later run resumes from there. The clients do the transfer, its resuming and ModelScope's
-checksums; Hugging Face's client checks sizes only, so the SHA-256 it lists is checked here.
+and verified; a later run goes on from there. The clients do the transfer, its resuming and ModelScope's
+checksums. Hugging Face's client (2.4) checks sizes only, so the SHA-256 it lists is checked here, and resumes a
+file within a run only: of a later run it is the broken file that starts anew.
 """
 
 import contextlib

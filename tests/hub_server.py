@@ -18,7 +18,7 @@ class HubServer:
 
     Attributes:
         requests: (method, path, Range header) of everything that was asked.
-        cut_after: break a weights download off after so many bytes (once), or None.
+        cuts: after how many bytes to break the next weights downloads off, one entry each.
         wrong_checksum: whether the listed SHA-256 of the weights is a wrong one.
         stall: send half of the weights and then nothing more.
     """
@@ -26,7 +26,7 @@ class HubServer:
     def __init__(self, model_id: str, folder: Path) -> None:
         self.model_id, self.folder = model_id, folder
         self.requests: list[tuple[str, str, str | None]] = []
-        self.cut_after: int | None = None
+        self.cuts: list[int] = []
         self.wrong_checksum = self.stall = False
         self._released = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -49,8 +49,10 @@ class HubServer:
             return "0" * 64
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def ranges_asked(self) -> list[str]:
-        return [asked for method, _, asked in self.requests if method == "GET" and asked]
+    def starts_asked(self) -> list[int]:
+        """The first byte of each request for a part of a file."""
+        ranges = [asked for method, _, asked in self.requests if method == "GET" and asked]
+        return [int(asked.removeprefix("bytes=").split("-")[0]) for asked in ranges]
 
     def _handler(hub):
         class Handler(BaseHTTPRequestHandler):
@@ -132,8 +134,8 @@ class HubServer:
                 self.end_headers()
                 if method != "GET":
                     return
-                if hub.cut_after is not None and path.suffix == ".safetensors":
-                    self.wfile.write(body[: hub.cut_after])
+                if hub.cuts and path.suffix == ".safetensors":
+                    self.wfile.write(body[: hub.cuts.pop(0)])
                     self.wfile.flush()
                     self.close_connection = True
                     self.connection.close()

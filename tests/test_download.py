@@ -62,18 +62,36 @@ def test_download_ends_in_a_checked_folder_and_a_second_run_costs_no_network(hub
     assert again.status == 0 and hub.requests == []
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_broken_off_transfer_resumes_where_it_stopped(hub, tmp_path, source):
-    hub.cut_after = 3_000_000
-    failed = download(tmp_path, hub, "--source", source)
+def test_broken_off_transfer_resumes_where_it_stopped_in_the_next_run(hub, tmp_path):
+    hub.cuts = [3_000_000] * 100
+    failed = download(tmp_path, hub, "--source", "modelscope")
     assert_user_error(failed, "org/tiny", "断点续传")
     assert not (tmp_path / "models" / "tiny").exists()
-    hub.cut_after = None
+    hub.cuts.clear()
     hub.requests.clear()
-    done = download(tmp_path, hub, "--source", source)
+    done = download(tmp_path, hub, "--source", "modelscope")
     assert done.status == 0, done.err
-    assert any(int(asked.removeprefix("bytes=").split("-")[0]) >= 1_000_000 for asked in hub.ranges_asked())
+    assert any(start >= 1_000_000 for start in hub.starts_asked())
     assert missing_model_files(tmp_path / "models" / "tiny") == []
+
+
+def test_hugging_face_transfer_resumes_within_the_run_and_keeps_whole_files_for_the_next(hub, tmp_path):
+    # Its client gives every process a part file of its own, so a later run fetches only the broken file anew.
+    hub.cuts = [10_490_000]
+    done = download(tmp_path, hub, "--source", "huggingface")
+    assert done.status == 0, done.err
+    assert any(start >= 10_000_000 for start in hub.starts_asked())
+    assert missing_model_files(tmp_path / "models" / "tiny") == []
+
+    shutil.rmtree(tmp_path / "models")
+    hub.cuts = [1_000_000] * 100
+    assert_user_error(download(tmp_path, hub, "--source", "huggingface"), "org/tiny")
+    assert not (tmp_path / "models" / "tiny").exists()
+    hub.cuts.clear()
+    hub.requests.clear()
+    assert download(tmp_path, hub, "--source", "huggingface").status == 0
+    fetched = {path.rsplit("/", 1)[-1] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {"model.safetensors"}
 
 
 @pytest.mark.parametrize("source", SOURCES)
