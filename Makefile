@@ -41,7 +41,7 @@ demo: $(VENV)/.ready
 	@echo "  python train_lora.py            # 或 python train.py"
 	@echo "  python medical_assistant.py"
 
-QUESTION ?= 我突然左胸口像被压着一样疼，怎么办？
+QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼，怎么办？
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
