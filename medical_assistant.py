@@ -13,7 +13,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import sys
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
 from qwenmed import cli, files, triage
-from qwenmed.batch import Request, parse_request, read_requests
+from qwenmed.batch import AssistantReply, Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,37 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 2048
 # Rows that are sorted by length and generated together; small enough that results come while one waits.
 BATCH_WINDOW = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class AssistantReply:
-    """One answer and how it came about.
-
-    Attributes:
-        answer: as shown: closed by the disclaimer (and the model's notice, if it has one).
-        raw_answer: as generated; "" if the model gave none.
-        finish_reason: "stop" or "length".
-        seconds: wall time.
-        model: the checkpoint's folder.
-    """
-
-    question: str
-    scenario: str
-    thinking: str
-    answer: str
-    raw_answer: str
-    finish_reason: str
-    prompt_tokens: int
-    thinking_tokens: int
-    answer_tokens: int
-    seconds: float
-    model: str
-
-    def as_row(self, id_: Any = None) -> dict[str, Any]:
-        """The reply as an output row; `id` first where there is one."""
-        row = dataclasses.asdict(self)
-        del row["raw_answer"]
-        return row if id_ is None else {"id": id_, **row}
 
 
 class MedicalAssistant:

@@ -9,10 +9,9 @@
 结果写在 output/<模型名>-full/：检查点、run.json、loss.png、samples.jsonl、swanlog/。
 """
 
-from pathlib import Path
-
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
 from qwenmed import checkpoints, cli, hardware, training
+from qwenmed.run import Run
 from qwenmed.settings import TrainSettings
 
 
@@ -28,7 +27,7 @@ def main() -> None:
     cli.note(f"设备 {device.type}：{precision.reason}")
     model = checkpoints.load_base(model_folder, precision.weights)
 
-    run = training.Run(settings, Path(folder), "full", model_folder)
+    run = Run(settings, folder, "full", model_folder)
     card = run.begin(rows, tokenizer, precision, device)
     config = training.sft_config(settings, folder, device, precision.autocast)
     trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks())

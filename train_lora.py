@@ -9,10 +9,9 @@
 结果写在 output/<模型名>-lora/：适配器检查点、run.json、loss.png、samples.jsonl、swanlog/。
 """
 
-from pathlib import Path
-
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
 from qwenmed import checkpoints, cli, hardware, training
+from qwenmed.run import Run
 from qwenmed.settings import LoraSettings
 
 
@@ -30,7 +29,7 @@ def main() -> None:
     cli.note(f"设备 {device.type}：{precision.reason}")
     model = checkpoints.load_base(model_folder, precision.weights)
 
-    run = training.Run(settings, Path(folder), "lora", model_folder)
+    run = Run(settings, folder, "lora", model_folder)
     card = run.begin(rows, tokenizer, precision, device)
     config = training.sft_config(settings, folder, device, precision.autocast)
     adapter = training.lora_config(settings)

@@ -34,15 +34,16 @@ def read_text(path: Path) -> str:
         UserError: missing, empty, binary, or not UTF-8 (the byte offset is named).
     """
     data = require_file(path).read_bytes()
-    if not data.strip():
-        raise UserError("文件是空的", path, "请检查它是否下载或导出完整")
     if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         remedy = "请另存为 UTF-8，例如 iconv -f GB18030 -t UTF-8 原文件 > 新文件"
         raise UserError(f"文件不是 UTF-8 编码（第 {error.start} 字节起无法解码）", path, remedy) from None
+    if not text.strip():
+        raise UserError("文件是空的", path, "请检查它是否下载或导出完整")
+    return text
 
 
 def read_json(path: Path) -> object:

@@ -265,10 +265,11 @@ def _looks_like_jsonl(text: str) -> bool:
     if not head.startswith("{") or not first_line.endswith("}"):
         return False
     try:
-        json.loads(first_line)
+        first = json.loads(first_line)
     except (json.JSONDecodeError, RecursionError):
         return False
-    return True
+    # One line alone may also be a document such as {"data": […]}.
+    return bool({"question", "answer", "input", "output"} & first.keys())
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:

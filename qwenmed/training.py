@@ -4,13 +4,12 @@ TRL's SFTTrainer does the training. What is decided here: rows never lose their 
 thinking, answer and `<|im_end|>` only, no pure fp16 weights, and a checkpoint counts only when it is whole.
 """
 
-import signal
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, demo, files, hardware, hub, records, tracking
+from qwenmed import chat, checkpoints, cli, demo, files, hub, records
 from qwenmed.errors import UserError
 from qwenmed.settings import LoraSettings, Settings, TrainSettings, load_settings, recommended
 
@@ -19,12 +18,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    from qwenmed.callbacks import StopOnSignal
-    from qwenmed.engine import Generation
-
-SAMPLES_FILE = "samples.jsonl"
-SAMPLE_COUNT = 3
 
 
 @dataclass(frozen=True)
@@ -273,152 +266,3 @@ def build_trainer(
     trainer.progress_bar = ProgressBar()
     trainer.add_callback(trainer.progress_bar)
     return trainer
-
-
-class Run:
-    """One training run's bookkeeping: its folder, run.json, the tracker and the signals.
-
-    Args:
-        settings: as merged.
-        folder: the output folder.
-        method: "full" or "lora".
-        model_folder: what is being trained.
-    """
-
-    def __init__(self, settings: TrainSettings, folder: Path, method: str, model_folder: Path) -> None:
-        self.settings, self.folder, self.method, self.model_folder = settings, folder, method, model_folder
-        self.file = tracking.RunFile(folder)
-        self.tracker = tracking.Tracker(cli.note)
-        self.stop: StopOnSignal | None = None
-
-    def begin(
-        self, rows: Rows, tokenizer: "PreTrainedTokenizerBase", precision: hardware.Precision, device: "torch.device"
-    ) -> dict[str, Any]:
-        """Write run.json, start the tracker, and return the card that goes into each checkpoint."""
-        previous = self.file.previous() if self.settings.resume else {}
-        mode = tracking.swanlab_mode(self.settings.swanlab)
-        name = self.folder.name
-        self.tracker.start(
-            mode, self.folder / "swanlog", name, asdict(self.settings), previous.get("swanlab", {}).get("id")
-        )
-        card = {
-            "method": self.method,
-            "base_model": str(self.model_folder),
-            "settings": asdict(self.settings),
-            "data": {part: {key: rows.summary[part][key] for key in ("file", "sha256")} for part in rows.summary},
-            "chat_template_sha256": tracking.text_hash(tokenizer.chat_template),
-        }
-        self.file.update(
-            status="running",
-            started=tracking.now(),
-            **card | {"data": rows.summary},
-            precision={"weights": str(precision.weights), "autocast": precision.autocast},
-            hardware=hardware.describe(device),
-            versions=tracking.library_versions(),
-            swanlab={"mode": mode, "id": self.tracker.run_id},
-        )
-        return card
-
-    def callbacks(self) -> list:
-        """The trainer callbacks that serve the bookkeeping."""
-        from qwenmed.callbacks import GuardedSwanLab, StopOnSignal
-
-        self.stop = StopOnSignal()
-        return [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
-
-    def train(self, trainer: "SFTTrainer") -> None:
-        """Train, from the newest whole checkpoint where `--resume` is set; Ctrl-C and SIGTERM save first.
-
-        Raises:
-            KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
-            UserError: the disk is full.
-        """
-        checkpoint = self._resume_from()
-        if trainer.args.device.type == "cpu":
-            hardware.keep_freed_memory()
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Exception as error:
-            if not files.is_disk_full(error, self.folder):
-                raise
-            checkpoints.remove_unfinished(self.folder)
-            remedy = "已完成的检查点都在；清理磁盘后用 --resume 继续，或用 --output-dir 换一个目录重新训练"
-            raise UserError("磁盘空间已满，检查点没有存下", self.folder, remedy) from error
-        finally:
-            trainer.progress_bar.close()
-        if self.stop and self.stop.received is not None:
-            self._record(trainer, "interrupted")
-            self.tracker.finish("aborted")
-            cli.note(f"检查点已保存：{self.folder}/checkpoint-{trainer.state.global_step}；加上 --resume 即可继续")
-            raise KeyboardInterrupt if self.stop.received == signal.SIGINT else cli.Terminated
-
-    def finish(self, trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", rows: Rows, general: str) -> None:
-        """Generate the sample answers, draw the curve, complete run.json and say where everything is."""
-        from qwenmed.engine import TransformersEngine
-
-        self._record(trainer, "finished")
-        wanted = rows.val_records[:SAMPLE_COUNT] if self.settings.sample_tokens else []
-        if wanted:
-            cli.note(f"用最佳检查点回答 {len(wanted)} 个验证问题 …")
-            engine = TransformersEngine(_ready_to_generate(trainer.model), tokenizer, seed=self.settings.seed)
-            prompts = [chat.user_messages(record.question, record.system or general) for record in wanted]
-            replies = engine.generate([(messages, self.settings.sample_tokens) for messages in prompts])
-            samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
-            files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
-            self.tracker.log_texts(
-                "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
-            )
-        self.tracker.finish()
-        metrics = self.file.content["metrics"]
-        cli.note(
-            f"损失：训练 {metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}，验证 {metrics['last_eval_loss']:.4f}\n"
-            f"最佳检查点：{self.file.content['best_checkpoint']}\n"
-            f"损失曲线：{self.folder / tracking.PLOT_FILE}\n"
-            f"运行记录：{self.folder / tracking.RUN_FILE}"
-        )
-
-    def _resume_from(self) -> Path | None:
-        if not self.settings.resume:
-            return None
-        finished = checkpoints.finished_checkpoints(self.folder)
-        cli.note(f"从 {finished[-1]} 继续训练" if finished else "没有可以继续的检查点，从头开始训练")
-        return finished[-1] if finished else None
-
-    def _record(self, trainer: "SFTTrainer", status: str) -> None:
-        state = trainer.state
-        losses = [entry for entry in state.log_history if "loss" in entry]
-        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-        tracking.plot_losses(state.log_history, self.folder / tracking.PLOT_FILE, self.folder.name)
-        self.file.update(
-            status=status,
-            ended=tracking.now(),
-            steps=state.global_step,
-            epochs=state.epoch,
-            metrics={
-                "first_loss": losses[0]["loss"] if losses else None,
-                "last_loss": losses[-1]["loss"] if losses else None,
-                "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-                "best_eval_loss": min((entry["eval_loss"] for entry in evaluations), default=None),
-            },
-            best_checkpoint=str(checkpoints.run_checkpoint(self.folder, "best")),
-            peak_memory_gib=hardware.peak_memory_gib(trainer.args.device),
-            log_history=state.log_history,
-        )
-
-
-def _ready_to_generate(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Out of training mode and with the key-value cache on, which checkpointing turns off."""
-    model.eval()
-    model.activation_checkpointing_disable()
-    model.config.use_cache = True
-    return model
-
-
-def _sample(record: records.Record, generation: "Generation") -> dict[str, Any]:
-    return {
-        "question": record.question,
-        "reference_answer": record.answer,
-        "generated_thinking": generation.reply.thinking,
-        "generated_answer": generation.reply.answer,
-        "finish_reason": generation.finish_reason,
-    }

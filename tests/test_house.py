@@ -1,0 +1,107 @@
+"""The rules of the house: who may import whom, what importing may do, how long a file may grow."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPTS = ["data", "download_model", "inference", "medical_assistant", "prompts", "train", "train_lora"]
+
+# Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
+FLOORS = [
+    ["errors", "cli", "files", "triage"],
+    ["records", "settings"],
+    ["hub", "chat", "hardware", "batch"],
+    ["checkpoints", "demo"],
+    ["tracking", "callbacks", "engine"],
+    ["training", "run", "terminal"],
+]
+ORDER = [name for floor in FLOORS for name in floor]
+
+HEAVY = {
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "modelscope", "huggingface_hub", "swanlab",
+    "pandas", "pyarrow", "matplotlib", "numpy", "tokenizers", "safetensors", "yaml", "tqdm",
+}  # fmt: skip
+
+MODULES = {path.stem: path for path in (ROOT / "qwenmed").glob("*.py") if path.stem != "__init__"}
+PRODUCT = [*MODULES.values(), *(ROOT / f"{name}.py" for name in SCRIPTS)]
+
+
+def imports(path, everywhere=True):
+    """The (module, names) pairs that a file imports; those under `if TYPE_CHECKING` don't count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, [alias.name for alias in node.names]
+
+
+def own_imports(path):
+    for module, names in imports(path):
+        if module == "qwenmed":
+            yield from names
+        elif module.startswith("qwenmed."):
+            yield module.split(".")[1]
+
+
+def test_every_module_has_its_floor_and_the_picture_names_it():
+    assert sorted(MODULES) == sorted(ORDER)
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in picture for name in ORDER)
+
+
+def test_imports_go_down_or_to_a_file_before():
+    for name, path in MODULES.items():
+        for imported in own_imports(path):
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_the_package_imports_no_script_and_scripts_only_prompts():
+    for path in PRODUCT:
+        scripts = {module.split(".")[0] for module, _ in imports(path)} & set(SCRIPTS)
+        assert scripts <= ({"prompts"} if path.parent == ROOT else set()), path.name
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    for path in PRODUCT:
+        heavy = {module.split(".")[0] for module, _ in imports(path, everywhere=False)} & HEAVY
+        assert not heavy or path.stem == "callbacks", (path.name, heavy)
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    light = [f"qwenmed.{name}" for name in ORDER if name != "callbacks"] + SCRIPTS
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); before = dict(os.environ)\n"
+        f"for name in {light!r}: __import__(name)\n"
+        f"assert dict(os.environ) == before\n"
+        f"heavy = set(sys.modules) & {HEAVY!r}\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == done.stderr == b"" and not list(tmp_path.iterdir())
+
+
+def test_texts_are_always_read_and_written_as_utf8():
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            builtin = isinstance(node.func, ast.Name) and node.func.id == "open"
+            method = isinstance(node.func, ast.Attribute) and node.func.attr in {"open", "read_text", "write_text"}
+            ours = method and getattr(node.func.value, "id", "") in {"files", "os"}  # our own, and a file descriptor
+            if (builtin or method) and not ours:
+                binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
+                assert binary or any(k.arg == "encoding" for k in node.keywords), f"{path.name}:{node.lineno}"
+
+
+def test_no_file_outgrows_a_reader_and_no_foreign_code_is_trusted():
+    for path in PRODUCT:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path.name
+        assert "trust_remote_code=True" not in text and "torch.load" not in text, path.name
