@@ -5,7 +5,7 @@
     python download_model.py Qwen/Qwen3-0.6B --source huggingface    # 可设 HF_ENDPOINT 使用镜像
     python download_model.py demo                        # 演示模型，不联网
 
-先试 ModelScope，再试 Hugging Face；断了可以重来，会接着下载。已有完整的本地副本时不联网。
+先试 ModelScope，连不上或没有这个模型时再试 Hugging Face；断了可以重来，会接着下载。已有完整的本地副本时不联网。
 最后检查配置、分词器和权重能否载入；没有下载完整的目录不会以正式名称出现。
 """
 
@@ -21,15 +21,14 @@ def main() -> None:
     args = parse_args()
     folder = args.local_dir or Path("models") / args.model_id.rstrip("/").split("/")[-1]
     if args.model_id == demo.DEMO_MODEL:
-        demo.build_demo_model(folder, MEDICAL_PROMPTS.values())
+        build_demo(folder)
+    elif args.model_id.count("/") != 1:
+        raise UserError(f"不是模型 ID：{args.model_id}", None, "形式是 组织/名称，例如 Qwen/Qwen3-0.6B；或 demo")
     else:
-        if args.model_id.count("/") != 1:
-            remedy = "形式是 组织/名称，例如 Qwen/Qwen3-0.6B；或 demo"
-            raise UserError(f"不是模型 ID：{args.model_id}", None, remedy)
         hub.fetch_model(args.model_id, folder, args.source, args.revision, say=cli.note)
     check_loads(folder)
     print(folder)
-    cli.note(f"模型完整可用。接下来：python data.py，然后 python train_lora.py --model {folder}")
+    cli.note(f"接下来：python data.py，然后 python train.py --model {folder}（显存不够用 train_lora.py）")
 
 
 def parse_args():
@@ -43,23 +42,29 @@ def parse_args():
         help="模型 ID，或 demo；默认 Qwen/Qwen3-0.6B",
     )
     source = parser.add_argument_group("来源与去处")
-    source.add_argument("--source", choices=(hub.MODELSCOPE, hub.HUGGINGFACE), help="只用这一个来源（默认依次尝试）")
+    source.add_argument("--source", choices=tuple(hub.SOURCES), help="只用这一个来源（默认依次尝试）")
     source.add_argument("--local-dir", type=Path, metavar="DIR", help="放在哪里（默认 models/<模型名>）")
-    source.add_argument("--revision", metavar="R", help="分支、标签或提交")
+    source.add_argument("--revision", metavar="R", help="分支、标签或提交（默认来源的主分支）")
     return parser.parse_args()
 
 
+def build_demo(folder: Path) -> None:
+    """Build the demo model unless it is there; never in place of something else."""
+    if hub.missing_model_files(folder):
+        hub.check_free(folder)
+        demo.build_demo_model(folder, MEDICAL_PROMPTS.values())
+
+
 def check_loads(folder: Path) -> None:
-    """Load config, tokenizer and weights once.
+    """Load config, tokenizer and weights once, the weights in the number type they are stored in.
 
     Raises:
         UserError: one of them can't be loaded.
     """
-    import torch
-
     checkpoints.load_tokenizer(folder)
-    model = checkpoints.load_base(folder, torch.bfloat16)  # half the memory of fp32: a laptop must bear it
-    cli.note(f"已检查：{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M 参数，配置、分词器和权重都能载入")
+    model = checkpoints.load_base(folder, "auto")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    cli.note(f"已检查：配置、分词器和权重都能载入（{size:,.1f} M 参数，{str(model.dtype).removeprefix('torch.')}）")
 
 
 if __name__ == "__main__":

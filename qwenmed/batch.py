@@ -1,6 +1,7 @@
 """Questions in and answers out: the rows of a batch. What is wrong with one row stays with that row."""
 
 import dataclasses
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def parse_request(row: object, number: int, scenarios: Collection[str], scenario
     """One row as a request; what is wrong with it goes into `error`."""
     if isinstance(row, records.Problem):
         return Request(number, "", scenario, max_tokens, error=row.reason)
+    if not files.is_encodable(row):
+        return Request(number, "", scenario, max_tokens, error="含有无法编码的字符（半个代理对）")
     if isinstance(row, str):
         row = {"question": row}
     if not isinstance(row, dict):
@@ -114,6 +117,6 @@ def _rows(path: Path) -> list[object]:
 
 
 def _whole_number(value: object) -> int | None:
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None

@@ -161,11 +161,14 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_base(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> "PreTrainedModel":
+def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -> "PreTrainedModel":
     """Load a full model's weights from a folder, safetensors only and without running code from it.
 
+    Args:
+        dtype: of the weights in memory; "auto" for the one they are stored in.
+
     Raises:
-        UserError: files are missing or broken.
+        UserError: files are missing or broken, or a weight is absent, which transformers would make up.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -175,11 +178,20 @@ def load_base(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> "Pre
     if missing := missing_model_files(path):
         raise UserError(f"模型不完整，缺少 {'、'.join(missing)}", path, "请运行 python download_model.py，或换一个目录")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"模型无法载入：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
+    if absent := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
+        what = f"权重与 config.json 不符：{len(absent)} 个张量缺失或形状不对，如 {absent[0]}"
+        raise UserError(what, path, "请重新下载模型，或换一个检查点")
+    return model
 
 
 def count_parameters(folder: Path) -> int:

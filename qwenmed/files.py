@@ -57,8 +57,8 @@ def read_json(path: Path) -> object:
     except json.JSONDecodeError as error:
         remedy = "文件可能不完整，请重新导出或改正这一处"
         raise UserError(f"JSON 格式错误：第 {error.lineno} 行第 {error.colno} 列", path, remedy) from None
-    except RecursionError:
-        raise UserError("JSON 嵌套过深", path, "请检查文件内容") from None
+    except (ValueError, RecursionError):  # numbers of more than 4300 digits are a plain ValueError
+        raise UserError("JSON 嵌套过深，或含有过长的数字", path, "请检查文件内容") from None
 
 
 @contextlib.contextmanager
@@ -101,6 +101,8 @@ def growing_file(path: Path) -> Iterator[IO[str]]:
 
 def write_whole(contents: Mapping[Path, str]) -> None:
     """Write several text files; none appears unless all could be written."""
+    if folder := next((path for path in contents if path.is_dir()), None):  # it would fail at the renaming
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder))
     with contextlib.ExitStack() as stack:
         files = {path: stack.enter_context(whole_file(path)) for path in contents}
         for path, text in contents.items():
@@ -115,9 +117,18 @@ def write_json(path: Path, value: object, private: bool = False) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def to_jsonl(rows: Iterable[Mapping]) -> str:
-    """One JSON object a line, Chinese left as it is."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def to_jsonl(rows: Iterable[object]) -> str:
+    """One JSON object a line, Chinese left as it is; what JSON lacks (dates of a Parquet file) as text."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def is_encodable(row: object) -> bool:
+    """Whether a row can be written as UTF-8, which has no way to write half a surrogate pair."""
+    try:
+        to_jsonl([row]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:

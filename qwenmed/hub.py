@@ -1,55 +1,59 @@
 """Fetching models and data sets from ModelScope and Hugging Face, and telling a whole model folder from a part.
 
-A download goes into a hidden folder beside its target and takes the target's name only when it is complete
-and verified; a later run goes on from there. The clients do the transfer, its resuming and ModelScope's
-checksums. Hugging Face's client (2.4) checks sizes only, so the SHA-256 it lists is checked here, and resumes a
-file within a run only: of a later run it is the broken file that starts anew.
+How a download goes: the source lists the repository (names, sizes, checksums) within a few seconds or counts
+as unreachable; the list is checked before a byte is written; the hub's client transfers into a hidden folder
+beside the target and picks up a broken-off file where it stopped; every file is compared with the list; only
+then does the folder take its name.
+
+Not covered: two processes that fetch into the same folder at once (the checksums tell, and the bytes are
+fetched again); repositories whose model needs code of its own.
 """
 
 import contextlib
 import hashlib
 import json
-import os
+import queue
 import shutil
-import socket
 import struct
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeVar
 
 from qwenmed.errors import UserError
-
-MODELSCOPE, HUGGINGFACE = "modelscope", "huggingface"
-TITLES = {MODELSCOPE: "ModelScope", HUGGINGFACE: "Hugging Face"}
+from qwenmed.hub_clients import (
+    HUGGINGFACE,
+    LISTING_SECONDS,
+    MODELSCOPE,
+    SOURCES,
+    Listing,
+    RemoteFile,
+    disk_error,
+    reason,
+)
+from qwenmed.records import DATA_SUFFIXES
 
 # The data set of the original project. No copy of it on Hugging Face could be verified.
-DATASET_IDS = {MODELSCOPE: "krisfu/delicate_medical_r1_data", HUGGINGFACE: None}
+DATASET_IDS: dict[str, str | None] = {MODELSCOPE: "krisfu/delicate_medical_r1_data", HUGGINGFACE: None}
 
-# Other formats of the same weights, which would double a download, and files that run code.
-IGNORED = ["*.bin", "*.pth", "*.pt", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.py", "original/*"]
+# What a model is loaded from. Neither the same weights as .bin, .gguf or .onnx, which would double the download,
+# nor code.
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".yaml", ".md")
 
-CONNECT_SECONDS = 6
-PICKLED = ("pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json")
-
-
-class SourceError(Exception):
-    """One source could not deliver; the message is short and in the user's words."""
+T = TypeVar("T")
+Say = Callable[[str], None]
 
 
 def missing_model_files(folder: Path) -> list[str]:
     """What a folder lacks to be a loadable model; empty if it is complete. Loads nothing.
 
-    A weights file that was cut off counts as missing: its header tells how long it must be.
+    Weights that were cut off count as missing: the header of the file tells how long it must be.
     """
     if not folder.is_dir():
         return ["整个目录"]
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not (folder / "tokenizer_config.json").is_file():
-        missing.append("tokenizer_config.json")
-    if not (folder / "tokenizer.json").is_file() and not all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    ):
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not _present(folder / name)]
+    vocabulary = all(_present(folder / name) for name in ("vocab.json", "merges.txt"))
+    if not vocabulary and not _present(folder / "tokenizer.json"):
         missing.append("tokenizer.json")
     return missing + _missing_weights(folder)
 
@@ -59,261 +63,281 @@ def fetch_model(
     local_dir: Path,
     source: str | None = None,
     revision: str | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = lambda message: None,
 ) -> Path:
     """The folder of a model, fetched unless a complete copy is there (which costs no network).
 
     Args:
         model_id: e.g. "Qwen/Qwen3-0.6B".
         local_dir: where it belongs.
-        source: "modelscope", "huggingface", or None for the one and then the other.
+        source: "modelscope", "huggingface", or None for the one and, if it can't be reached or has no such
+            model, the other.
         revision: a branch, tag or commit; None for the source's default.
         say: takes the decisions made on the way.
 
     Raises:
-        UserError: no source could deliver it; all of them are named with their reasons.
+        UserError: it can't be had, with what each source said; or `local_dir` holds something else.
+        OSError: the disk can't take it.
     """
     if not missing_model_files(local_dir):
         return local_dir
-    sources = [source] if source else [MODELSCOPE, HUGGINGFACE]
-    return _fetch(model_id, "model", local_dir, dict.fromkeys(sources, model_id), revision, missing_model_files, say)
+    check_free(local_dir)
+    return _fetch("model", dict.fromkeys([source] if source else SOURCES, model_id), revision, local_dir, say)
 
 
 def fetch_dataset(
     dataset_id: str | None,
-    source: str,
+    source: str | None,
     local_dir: Path,
     revision: str | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = lambda message: None,
 ) -> Path:
-    """The folder of a data set's repository, fetched as plain files unless it is there.
+    """The folder of a data set's files (JSONL, JSON, CSV, Parquet), fetched unless it is there.
 
     Args:
         dataset_id: None for the original project's data set.
+        source: as in `fetch_model`.
 
     Raises:
-        UserError: the source could not deliver it, or has no copy of the default data set.
+        UserError: as `fetch_model`, or the source has no known copy of the default data set.
+        OSError: the disk can't take it.
     """
-    if local_dir.is_dir():
+    ids = {name: dataset_id or DATASET_IDS[name] for name in ([source] if source else SOURCES)}
+    known = {name: id_ for name, id_ in ids.items() if id_}
+    if not known:
+        remedy = "请用 --source modelscope，或自行下载后用 --source 指定文件或目录"
+        raise UserError(f"{SOURCES[source].title} 上没有已核实的默认数据集，需要给出数据集 ID", None, remedy)
+    if local_dir.is_dir() and any(local_dir.iterdir()):
         say(f"使用已下载的数据集 {local_dir}（删除该目录可重新下载）")
         return local_dir
-    dataset_id = dataset_id or DATASET_IDS[source]
-    if dataset_id is None:
-        remedy = "请用 --source modelscope，或自行下载后用 --source 文件"
-        raise UserError(f"{TITLES[source]} 上没有已核实的 delicate_medical_r1_data", None, remedy)
-    return _fetch(dataset_id, "dataset", local_dir, {source: dataset_id}, revision, lambda folder: [], say)
+    check_free(local_dir)
+    return _fetch("dataset", known, revision, local_dir, say)
 
 
-def _fetch(
-    repo_id: str,
-    kind: str,
-    local_dir: Path,
-    ids: dict[str, str],
-    revision: str | None,
-    missing: Callable[[Path], list[str]],
-    say: Callable[[str], None],
-) -> Path:
-    if local_dir.exists() and (not local_dir.is_dir() or any(local_dir.iterdir())):
-        lacks = "、".join(missing(local_dir)) if local_dir.is_dir() else "它是一个文件"
-        raise UserError(
-            f"目标目录已存在但不是完整的模型（缺少 {lacks}）", local_dir, "请移走它，或用 --local-dir 换一个目录"
-        )
-    partial = local_dir.with_name(f".{local_dir.name}.partial")
-    failures = []
-    try:
-        for source, id_ in ids.items():
-            say(f"从 {TITLES[source]} 下载 {id_} …")
-            try:
-                _download(source, id_, kind, partial, revision)
-                if lacks := missing(partial):
-                    raise SourceError(f"仓库里缺少 {'、'.join(lacks)}")
-            except SourceError as error:
-                failures.append(f"{TITLES[source]}：{error}")
-                say(f"{TITLES[source]} 不成功：{error}")
-                continue
-            _remove_bookkeeping(partial)
-            if local_dir.is_dir():
-                local_dir.rmdir()
-            partial.replace(local_dir)
-            return local_dir
-    finally:
-        _remove_if_nothing_came(partial)
-    way_out = "--model 本地目录" if kind == "model" else "--source 本地文件"
-    remedy = f"请检查网络后重试（会断点续传），或用别的办法下载后用 {way_out} 指定"
-    raise UserError(f"无法下载 {repo_id}：{'；'.join(failures)}", None, remedy)
-
-
-def _download(source: str, repo_id: str, kind: str, folder: Path, revision: str | None) -> None:
-    """Fill `folder` from one source.
+def check_free(folder: Path) -> None:
+    """Make sure that nothing of the user's stands where a download or a new model is to go.
 
     Raises:
-        SourceError: it could not deliver.
-        OSError: the disk could not take it.
+        UserError: a file, or a folder that holds something, is there.
     """
-    _check_route(_endpoint(source))
-    folder.mkdir(parents=True, exist_ok=True)
-    (_from_modelscope if source == MODELSCOPE else _from_huggingface)(repo_id, kind, folder, revision)
-    _refuse_links_outside(folder)
-
-
-def _from_modelscope(repo_id: str, kind: str, folder: Path, revision: str | None) -> None:
-    import logging
-
-    from modelscope import dataset_snapshot_download, snapshot_download
-    from modelscope_hub.errors import HubError, NotExistError
-
-    for name in ("modelscope", "modelscope_hub"):  # their INFO lines say nothing that the bars don't
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    download = snapshot_download if kind == "model" else dataset_snapshot_download
-    try:
-        download(repo_id, revision=revision, local_dir=str(folder), ignore_patterns=IGNORED)
-    except NotExistError:
-        raise SourceError(f"没有 {repo_id}（404）") from None
-    except HubError as error:  # a failed checksum of one file arrives inside the failure of the whole
-        mismatch = "Hash mismatch" in str(error)
-        raise SourceError("文件的校验和不对，没有采用" if mismatch else _short(error)) from error
-    except (OSError, ValueError) as error:
-        _raise_as_source_error(error)
-
-
-def _from_huggingface(repo_id: str, kind: str, folder: Path, revision: str | None) -> None:
-    import httpx2  # the client's own HTTP library, whose errors it passes on
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    endpoint = _endpoint(HUGGINGFACE)
-    try:
-        snapshot_download(
-            repo_id, repo_type=kind, revision=revision, local_dir=folder, ignore_patterns=IGNORED, endpoint=endpoint
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        what = (
+            f"目录已存在但不完整：缺少 {'、'.join(missing_model_files(folder))}" if folder.is_dir() else "这是一个文件"
         )
-        tree = HfApi(endpoint=endpoint).list_repo_tree(repo_id, repo_type=kind, revision=revision, recursive=True)
-        for entry in tree:
-            _check_sha256(folder / entry.path, getattr(getattr(entry, "lfs", None), "sha256", None))
-    except RepositoryNotFoundError:
-        raise SourceError(f"没有 {repo_id}（404）") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError) as error:
-        raise SourceError(_short(error)) from error
-    except (OSError, ValueError) as error:
-        _raise_as_source_error(error)
-    except RuntimeError as error:  # so a file of the wrong size arrives
-        raise SourceError(_short(error)) from error
+        raise UserError(what, folder, "请移走它，或换一个目录（download_model.py 用 --local-dir）")
 
 
-def _raise_as_source_error(error: Exception) -> None:
-    """A failing disk stays an OSError; what the network did (an OSError as well) becomes a SourceError."""
-    local = isinstance(error, OSError) and error.filename is not None and not isinstance(error, ConnectionError)
-    if local or getattr(error, "errno", None) in _DISK_ERRORS:
+def _fetch(kind: str, ids: Mapping[str, str], revision: str | None, local_dir: Path, say: Say) -> Path:
+    """List, transfer, verify, rename."""
+    source, listing = _first_listing(kind, ids, revision, local_dir, say)
+    title = SOURCES[source].title
+    size = sum(file.size or 0 for file in listing.files) / 1e6
+    say(f"从 {title} 下载 {listing.repo_id} 到 {local_dir}（{len(listing.files)} 个文件，{size:,.1f} MB）")
+    with _partial_folder(local_dir, say) as partial:
+        _transfer(source, listing, partial, say)
+        _remove_leftovers(partial, listing)
+        if kind == "model" and (missing := missing_model_files(partial)):
+            raise UserError(f"{listing.repo_id} 不是完整的模型：缺少 {'、'.join(missing)}", title, "请换一个模型")
+        if local_dir.is_dir():  # an empty one; Windows can't rename onto it
+            local_dir.rmdir()
+        partial.replace(local_dir)
+    return local_dir
+
+
+def _first_listing(
+    kind: str, ids: Mapping[str, str], revision: str | None, local_dir: Path, say: Say
+) -> tuple[str, Listing]:
+    """The first source that answers, and what it lists of use."""
+    failures: list[str] = []
+    for source, repo_id in ids.items():
+        if failures:
+            say(f"{failures[-1]}。改用 {SOURCES[source].title}")
+        try:
+            listing = _within(LISTING_SECONDS, SOURCES[source].list, repo_id, kind, revision)
+        except Exception as error:
+            failures.append(f"{SOURCES[source].title} {reason(error)}")
+            continue
+        return source, _usable(listing)
+    names = "、".join(sorted(set(ids.values())))
+    what, option = ("模型", "--model") if kind == "model" else ("数据集", "--source")
+    remedy = f"请检查 ID 和网络（代理、HF_ENDPOINT）；也可以自行下载到本地目录，再用 {option} 目录 指定"
+    raise UserError(f"无法下载{what} {names}：{'；'.join(failures)}", local_dir, remedy)
+
+
+def _within(seconds: float, work: Callable[..., T], *arguments: object) -> T:
+    """The result of `work`, or TimeoutError.
+
+    In a thread of its own, because resolving a name has no time-out where packets are dropped, and because the
+    clients' own time-outs and retries take up to minutes. An abandoned thread ends with the process.
+    """
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(*arguments), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"{seconds:g} 秒内没有应答") from None
+    if error is not None:
         raise error
-    raise SourceError(_short(error)) from error
+    return result
 
 
-_DISK_ERRORS = (28, 30, 122)  # ENOSPC, EROFS, EDQUOT
-
-
-def _check_sha256(file: Path, expected: str | None) -> None:
-    if expected is None or not file.is_file():
-        return
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != expected:
-        file.unlink()  # the next run fetches it anew
-        raise SourceError(f"{file.name} 的校验和不对，文件没有采用")
-
-
-def _endpoint(source: str) -> str:
-    if source == MODELSCOPE:
-        return os.environ.get("MODELSCOPE_ENDPOINT") or "https://www.modelscope.cn"
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def _check_route(endpoint: str) -> None:
-    """Fail within seconds where there is no route; the clients' own retries take half a minute a source.
+def _usable(listing: Listing) -> Listing:
+    """The list without what is not used: other formats of the weights, code, images and the like.
 
     Raises:
-        SourceError: nothing answers.
+        UserError: it names a file outside of its folder, or is no model or data set that can be used.
     """
-    url = urllib.parse.urlsplit(endpoint)
-    proxied = url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(url.netloc)
-    if proxied:
-        return
+    data = (*DATA_SUFFIXES, ".md") if listing.kind == "dataset" else MODEL_SUFFIXES
+    files = tuple(
+        file
+        for file in listing.files
+        if file.path.lower().endswith((*data, "license")) and not file.path.startswith(("original/", "onnx/"))
+    )
+    paths = [file.path for file in files]
+    for path in paths:
+        parts = PurePosixPath(path.replace("\\", "/")).parts
+        if ".." in parts or parts[0] == "/" or PureWindowsPath(path).drive:
+            raise UserError(f"{listing.repo_id} 含有越出目录的文件名 {path!r}", None, "请不要使用这个仓库")
+    if listing.kind == "dataset":
+        lacks = [] if any(path.lower().endswith(DATA_SUFFIXES) for path in paths) else ["数据文件"]
+    else:
+        lacks = [] if "config.json" in paths else ["config.json"]
+        lacks += [] if any(path.endswith(".safetensors") for path in paths) else ["safetensors 权重"]
+    if lacks:
+        remedy = "请换一个仓库（只有 GGUF 或 .bin 权重的仓库不能用来训练）" if listing.kind == "model" else None
+        raise UserError(f"{listing.repo_id} 的仓库里没有 {'、'.join(lacks)}", None, remedy)
+    return Listing(listing.repo_id, listing.kind, listing.revision, listing.endpoint, files)
+
+
+def _transfer(source: str, listing: Listing, folder: Path, say: Say) -> None:
+    """Fill `folder`, fetching files that came damaged once more.
+
+    Raises:
+        UserError: it broke off, or files stay damaged; what is whole stays for the next run.
+        OSError: the disk can't take it.
+    """
+    what = f"从 {SOURCES[source].title} 下载 {listing.repo_id}"
+    other = next(name for name in SOURCES if name != source)
+    remedy = f"请稍后重新运行，会接着下载，或换用 --source {other}"
+    for _ in range(2):
+        try:
+            SOURCES[source].transfer(listing, folder)
+        except Exception as error:
+            if failed_disk := disk_error(error):
+                failed_disk.filename = failed_disk.filename or str(folder)
+                raise failed_disk from None
+            kept = f"已下载的部分保留在 {folder}"
+            raise UserError(f"{what} 时中断：{reason(error)}", kept, remedy) from error
+        if not (damaged := _discard_damaged(folder, listing.files)):
+            return
+        say(f"校验和不符，没有采用：{'、'.join(damaged)}")
+    raise UserError(f"{what}：两次校验和不符（{'、'.join(damaged)}）", None, remedy)
+
+
+def _discard_damaged(folder: Path, files: Sequence[RemoteFile]) -> list[str]:
+    """Remove the files that are not what the list says, and name them."""
+    damaged = [file.path for file in files if not _matches(folder / file.path, file)]
+    for path in damaged:
+        (folder / path).unlink(missing_ok=True)
+    return damaged
+
+
+def _matches(path: Path, file: RemoteFile) -> bool:
+    """Whether a file has the size and the checksum, SHA-256 or git's own, that its repository tells."""
+    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
+        return False
+    if file.sha256:
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256.lower()
+    if file.git_sha1:
+        data = path.read_bytes()  # only small files are kept in git itself
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == file.git_sha1
+    return True
+
+
+@contextlib.contextmanager
+def _partial_folder(target: Path, say: Say) -> Iterator[Path]:
+    """The hidden folder in which `target` grows; it stays for the next run if anything came, else no trace is left."""
+    partial = target.with_name(f".{target.name}.partial")
+    created = [parent for parent in partial.parents if not parent.exists()]
+    partial.mkdir(parents=True, exist_ok=True)
+    if received := _bytes_in(partial):
+        say(f"接着上次的下载（已有 {received / 1e6:,.1f} MB）")
     try:
-        port = url.port or (443 if url.scheme == "https" else 80)
-        socket.create_connection((url.hostname, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise SourceError(f"连不上 {url.netloc}（{error.strerror or error}）") from None
+        yield partial
+    finally:
+        if partial.is_dir() and not _bytes_in(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in created:
+            with contextlib.suppress(OSError):  # it holds something by now
+                parent.rmdir()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _remove_leftovers(folder: Path, listing: Listing) -> None:
+    """Remove what the repository does not list: locks, parts and files of another revision."""
+    listed = {folder / file.path for file in listing.files}
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder itself
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        elif path not in listed:
+            path.unlink()
+
+
+def _present(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _missing_weights(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError):
+            names = []
+        if not names:
             return [f"{index.name}（损坏）"]
-    else:
-        names = ["model.safetensors"]
     missing = []
     for name in names:
-        file = folder / name
-        if not file.is_file():
-            pickled = any((folder / other).is_file() for other in PICKLED)
-            missing.append(f"{name}（只有 pickle 格式的权重，请先转换为 safetensors）" if pickled else name)
-        elif not _is_whole(file):
+        if not (folder / name).is_file():
+            missing.append(name)
+        elif not _is_whole(folder / name):
             missing.append(f"{name}（不完整）")
+    if missing == ["model.safetensors"] and any(folder.glob("pytorch_model*.bin*")):
+        return ["model.safetensors（只有 pytorch_model.bin：请用 save_pretrained 转换为 safetensors）"]
     return missing
 
 
+LONGEST_HEADER = 100_000_000  # the safetensors format's own limit
+
+
 def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Whether a safetensors file has a header that parses and is as long as the header says."""
     size = file.stat().st_size
     with file.open("rb") as content:
         start = content.read(8)
         if len(start) < 8:
             return False
         (length,) = struct.unpack("<Q", start)
-        if length > size - 8:
+        if length > min(size - 8, LONGEST_HEADER):
             return False
         try:
             header = json.loads(content.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return size == 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return False
-    return size == 8 + length + max(ends, default=0)
-
-
-def _refuse_links_outside(folder: Path) -> None:
-    root = folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            path.unlink()
-            raise SourceError(f"仓库里有指向目录之外的链接 {path.name}")
-
-
-def _remove_bookkeeping(folder: Path) -> None:
-    """Remove what the clients keep for themselves inside of the folder."""
-    for path in folder.glob(".*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-    for path in [*folder.glob(".msc"), *folder.glob(".mv")]:
-        path.unlink(missing_ok=True)
-
-
-def _remove_if_nothing_came(partial: Path) -> None:
-    """Leave no empty folders behind; a part that holds bytes stays, to be resumed."""
-    if not partial.is_dir():
-        return
-    if any(_holds_bytes(path) for path in partial.rglob("*")):
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        partial.parent.rmdir()
-
-
-def _holds_bytes(path: Path) -> bool:
-    bookkeeping = path.suffix in (".lock", ".metadata") or path.name in (".gitignore", "CACHEDIR.TAG", ".msc", ".mv")
-    return path.is_file() and not bookkeeping and path.stat().st_size > 0
-
-
-def _short(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:160]

@@ -141,6 +141,8 @@ def parse_row(row: object, place: str) -> Record | Problem:
     """A row in the data set's own schema, or one that is already formatted, as a Record."""
     if not isinstance(row, dict):
         return Problem(place, f"应为一个 JSON 对象，实际是 {type(row).__name__}")
+    if not files.is_encodable(row):
+        return Problem(place, "含有无法编码的字符（半个代理对）")
     if "output" in row and "answer" not in row:
         return _parse_formatted(row, place)
     texts = {}
@@ -153,8 +155,6 @@ def parse_row(row: object, place: str) -> Record | Problem:
         if required and not value.strip():
             return Problem(place, f"缺少 {name}（为空或没有这个字段）")
         texts[name] = value
-    if lone := next((name for name, value in texts.items() if _has_lone_surrogate(value)), None):
-        return Problem(place, f"字段 {lone} 含有无法编码的字符（半个代理对）")
     scenario = row.get("scenario")
     return Record(**texts, scenario=scenario if isinstance(scenario, str) and scenario else None, row=row, place=place)
 
@@ -254,8 +254,8 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict | Problem]]:
                 remedy = "文件没有写完（下载或复制中断？），请重新获取"
                 raise UserError("最后一行不完整", place, remedy) from None
             yield place, Problem(place, f"不是合法的 JSON（第 {error.colno} 列附近）")
-        except RecursionError:
-            yield place, Problem(place, "JSON 嵌套过深")
+        except (ValueError, RecursionError):
+            yield place, Problem(place, "JSON 嵌套过深，或含有过长的数字")
 
 
 def _looks_like_jsonl(text: str) -> bool:
@@ -266,7 +266,7 @@ def _looks_like_jsonl(text: str) -> bool:
         return False
     try:
         first = json.loads(first_line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     # One line alone may also be a document such as {"data": […]}.
     return bool({"question", "answer", "input", "output"} & first.keys())
@@ -307,13 +307,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:第{number}条", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"Parquet 文件无法读取：{error}", path, "文件可能不完整，请重新获取") from None
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -3,6 +3,7 @@
 Order of precedence: command line > YAML (`--config`) > what the model's folder recommends > default.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -127,7 +128,9 @@ class LoraSettings(TrainSettings):
         for name in ("lora_rank", "lora_alpha"):
             self._require(name, getattr(self, name) >= 1, "至少为 1")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "应在 0 与 1 之间")
-        tied = {"embed_tokens", "lm_head"} & {name.strip() for name in self.target_modules.split(",")}
+        names = [name.strip().rpartition(".")[2] for name in self.target_modules.split(",")]
+        self._require("target_modules", all(names), "层名不能为空")
+        tied = {"embed_tokens", "lm_head"} & set(names)
         # Qwen3-0.6B/1.7B share one matrix between both; an adapter on it merges to gibberish (unsloth#3547).
         self._require("target_modules", not tied, "Qwen3 的词嵌入与输出层共享权重，不能加 LoRA")
 
@@ -175,6 +178,8 @@ def read_yaml(kind: type[TrainSettings], path: Path | None, section: str | None 
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
         raise UserError("YAML 格式错误", where, "请检查缩进和冒号") from None
+    except (ValueError, RecursionError):  # impossible dates; nesting without end
+        raise UserError("YAML 里有无法读取的值", path, "请检查日期和嵌套") from None
     if section is not None and isinstance(document, dict):
         document = document.get(section, {})
     if document is None:
@@ -195,14 +200,10 @@ def _typed(kind: type[TrainSettings], name: str, value: Any, path: Path) -> Any:
     plain_type, optional = field_type(kind, name)
     if value is None and optional:
         return None
-    if plain_type is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if plain_type is float and isinstance(value, str):
+    if plain_type is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-5 (no point) as text; that is no reason to turn a user away.
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     if type(value) is plain_type:
         return value
     expected = {int: "整数", float: "数", bool: "true 或 false", str: "文本"}[plain_type]

@@ -1,6 +1,11 @@
-"""A loopback server that speaks the listing and download routes of ModelScope and Hugging Face.
+"""A loopback server that speaks the routes of ModelScope and Hugging Face which the real clients use.
 
-The routes and fields are those which the real clients (modelscope 1.40, huggingface_hub 2.4) ask for.
+Read from modelscope_hub 0.5.1 and huggingface_hub 2.4.0:
+
+    GET /api/v1/models/ID/repo/files, /api/v1/datasets/ID/repo/tree      ModelScope's lists
+    GET /api/v1/models/ID/repo?FilePath=…                                a file (Range honoured)
+    GET /api/models/ID[/revision/R]?blobs=true                           Hugging Face's list
+    GET /ID/resolve/COMMIT/FILE, /datasets/ID/resolve/COMMIT/FILE        a file (Range honoured)
 """
 
 import hashlib
@@ -14,22 +19,27 @@ COMMIT = "c" * 40
 
 
 class HubServer:
-    """Serves one model folder under one id.
+    """Serves the files of one folder as the model and as the data set `repo_id`.
 
     Attributes:
-        requests: (method, path, Range header) of everything that was asked.
-        cuts: after how many bytes to break the next weights downloads off, one entry each.
-        wrong_checksum: whether the listed SHA-256 of the weights is a wrong one.
-        stall: send half of the weights and then nothing more.
+        requests: (path, Range header) of everything that was asked.
+        listed: names in the lists; those without a file can be asked for in vain.
+        cut_after: send so many bytes of the largest file and hang up; after that answer 503 for it.
+        stall_after: send so many bytes of the largest file and then nothing more.
+        wrong_checksum: list another checksum than the largest file has.
+        silent: accept every request and never answer.
     """
 
-    def __init__(self, model_id: str, folder: Path) -> None:
-        self.model_id, self.folder = model_id, folder
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.cuts: list[int] = []
-        self.wrong_checksum = self.stall = False
-        self._released = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+    def __init__(self, folder: Path, repo_id: str = "org/tiny") -> None:
+        self.folder, self.repo_id = folder, repo_id
+        self.requests: list[tuple[str, str | None]] = []
+        self.listed = sorted(path.name for path in folder.iterdir() if path.is_file())
+        self.largest = max(self.listed, key=lambda name: (folder / name).stat().st_size)
+        self.cut_after: int | None = None
+        self.stall_after: int | None = None
+        self.wrong_checksum = self.silent = False
+        self.closing = threading.Event()
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
@@ -37,120 +47,98 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def close(self) -> None:
-        self._released.set()
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def files(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if path.is_file())
+    def ranges(self) -> list[str]:
+        """The Range headers that were sent, of every file."""
+        return [asked for _, asked in self.requests if asked]
 
-    def sha256(self, path: Path) -> str:
-        if self.wrong_checksum and path.suffix == ".safetensors":
-            return "0" * 64
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def sizes_and_sums(self, name: str) -> tuple[int, str, str]:
+        """Size, SHA-256 and git's checksum, as the lists tell them."""
+        path = self.folder / name
+        data = path.read_bytes() if path.is_file() else b"{}"
+        shown = data + b"!" if self.wrong_checksum and name == self.largest else data
+        git = hashlib.sha1(b"blob %d\0" % len(shown) + shown).hexdigest()
+        return len(data), hashlib.sha256(shown).hexdigest(), git
 
-    def starts_asked(self) -> list[int]:
-        """The first byte of each request for a part of a file."""
-        ranges = [asked for method, _, asked in self.requests if method == "GET" and asked]
-        return [int(asked.removeprefix("bytes=").split("-")[0]) for asked in ranges]
 
-    def _handler(hub):
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-            def log_message(self, *arguments):
-                pass
+    def handle_error(self, request, client_address) -> None:
+        """Nothing: a client that hangs up is part of the tests."""
 
-            def do_HEAD(self):
-                self._answer("HEAD")
 
-            def do_GET(self):
-                self._answer("GET")
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
 
-            def _answer(self, method):
-                hub.requests.append((method, self.path, self.headers.get("Range")))
-                url = urlsplit(self.path)
-                path, query = unquote(url.path), parse_qs(url.query)
-                model = hub.model_id
-                if path == f"/api/v1/models/{model}/repo/files":
-                    listed = [
-                        {
-                            "Path": f.name,
-                            "Name": f.name,
-                            "Type": "blob",
-                            "Size": f.stat().st_size,
-                            "Sha256": hub.sha256(f),
-                        }
-                        for f in hub.files()
-                    ]
-                    self._json({"Code": 200, "Success": True, "Data": {"Files": listed}}, method)
-                elif path == f"/api/v1/models/{model}/repo":
-                    self._file(query["FilePath"][0], method)
-                elif path in (f"/api/v1/models/{model}", f"/api/v1/models/{model}/revisions"):
-                    self._json({"Code": 200, "Success": True, "Data": {"Name": model, "RevisionMap": {}}}, method)
-                elif path.startswith(f"/api/models/{model}/revision/") or path == f"/api/models/{model}":
-                    siblings = [{"rfilename": f.name} for f in hub.files()]
-                    self._json({"id": model, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}, method)
-                elif path.startswith(f"/api/models/{model}/tree/"):
-                    self._json([hub._tree_entry(f) for f in hub.files()], method)
-                elif path.startswith(f"/{model}/resolve/"):
-                    self._file(path.rsplit("/", 1)[-1], method)
-                else:
-                    self._json({"Code": 404, "Success": False, "Message": "not found"}, method, 404)
+    def log_message(self, *arguments) -> None:
+        """Nothing: pytest shows what matters."""
 
-            def _json(self, value, method, status=200):
-                body = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                if status == 404:
-                    self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if method == "GET":
-                    self.wfile.write(body)
+    def do_GET(self) -> None:
+        hub, url = self.hub, urlsplit(self.path)
+        hub.requests.append((self.path, self.headers.get("Range")))
+        if hub.silent:
+            hub.closing.wait()
+            return
+        path, query, id_ = unquote(url.path), parse_qs(url.query), hub.repo_id
+        if path in (f"/api/v1/models/{id_}/repo/files", f"/api/v1/datasets/{id_}/repo/tree"):
+            self.send_json({"Code": 200, "Data": {"Files": [self.modelscope_entry(name) for name in hub.listed]}})
+        elif path in (f"/api/v1/models/{id_}/repo", f"/api/v1/datasets/{id_}/repo"):
+            self.send_file(query["FilePath"][0])
+        elif path.removesuffix("/revision/main") in (f"/api/models/{id_}", f"/api/datasets/{id_}"):
+            siblings = [self.huggingface_entry(name) for name in hub.listed]
+            self.send_json({"id": id_, "sha": COMMIT, "siblings": siblings})
+        elif path.removeprefix("/datasets").startswith(f"/{id_}/resolve/{COMMIT}/"):
+            self.send_file(path.rpartition(f"/{COMMIT}/")[2])
+        else:
+            self.send_json({"Code": 10010205001, "Message": "not found", "error": "Repository not found"}, 404)
 
-            def _file(self, name, method):
-                path = hub.folder / Path(name).name
-                if not path.is_file():
-                    self._json({"Code": 404, "Message": "no such file"}, method, 404)
-                    return
-                body, start = path.read_bytes(), 0
-                asked = self.headers.get("Range")
-                if asked:
-                    first, _, last = asked.removeprefix("bytes=").partition("-")
-                    start, end = int(first), int(last) if last else len(body) - 1
-                    self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {start}-{end}/{len(body)}")
-                    body = body[start : end + 1]
-                else:
-                    self.send_response(200)
-                digest = hub.sha256(path)
-                self.send_header("ETag", f'"{digest}"')
-                self.send_header("X-Linked-Etag", f'"{digest}"')
-                self.send_header("X-Linked-Size", str(path.stat().st_size))
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Accept-Ranges", "bytes")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if method != "GET":
-                    return
-                if hub.cuts and path.suffix == ".safetensors":
-                    self.wfile.write(body[: hub.cuts.pop(0)])
-                    self.wfile.flush()
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                if hub.stall and path.suffix == ".safetensors":
-                    self.wfile.write(body[: len(body) // 2])
-                    hub._released.wait(60)
-                    return
-                self.wfile.write(body)
+    def modelscope_entry(self, name: str) -> dict:
+        size, sha256, _ = self.hub.sizes_and_sums(name)
+        return {"Path": name, "Name": name, "Type": "blob", "Size": size, "Sha256": sha256}
 
-        return Handler
+    def huggingface_entry(self, name: str) -> dict:
+        size, sha256, git = self.hub.sizes_and_sums(name)
+        lfs = {"lfs": {"sha256": sha256, "size": size, "pointerSize": 130}} if name == self.hub.largest else {}
+        return {"rfilename": name, "size": size, "blobId": git, **lfs}
 
-    def _tree_entry(self, path: Path) -> dict:
-        size = path.stat().st_size
-        entry = {"type": "file", "path": path.name, "size": size, "oid": "a" * 40}
-        if path.suffix == ".safetensors":
-            entry["lfs"] = {"oid": self.sha256(path), "size": size, "pointerSize": 130}
-        return entry
+    def send_json(self, value: object, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def send_file(self, name: str) -> None:
+        hub, path = self.hub, self.hub.folder / Path(name).name
+        if not path.is_file():
+            self.send_json({"Message": "no such file"}, 404)
+            return
+        faulty = name == hub.largest
+        if faulty and hub.cut_after == 0:
+            self.send_json({"Message": "gone for now"}, 503)
+            return
+        data, asked = path.read_bytes(), self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if faulty and hub.cut_after:
+            self.wfile.write(data[start : start + hub.cut_after])
+            hub.cut_after = 0
+            self.close_connection = True
+        elif faulty and hub.stall_after:
+            self.wfile.write(data[start : start + hub.stall_after])
+            self.wfile.flush()
+            hub.closing.wait()
+        else:
+            self.wfile.write(data[start:])

@@ -12,7 +12,7 @@ SCRIPTS = ["data", "download_model", "inference", "medical_assistant", "prompts"
 FLOORS = [
     ["errors", "cli", "files", "triage"],
     ["records", "settings"],
-    ["hub", "chat", "hardware", "batch"],
+    ["hub_clients", "hub", "chat", "hardware", "batch"],
     ["checkpoints", "demo"],
     ["tracking", "callbacks", "engine"],
     ["training", "run", "terminal"],
@@ -105,3 +105,74 @@ def test_no_file_outgrows_a_reader_and_no_foreign_code_is_trusted():
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 400, path.name
         assert "trust_remote_code=True" not in text and "torch.load" not in text, path.name
+
+
+def module_level(tree):
+    """The statements that run on import, also those inside of `try`, `if` and `with` at the top."""
+    waiting = list(tree.body)
+    while waiting:
+        node = waiting.pop(0)
+        yield node
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            waiting.extend(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting.extend(
+                child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))
+            )
+
+
+def test_every_script_is_held_to_these_rules():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(SCRIPTS)
+
+
+def test_heavy_imports_do_not_hide_in_a_block_at_the_top():
+    for path in PRODUCT:
+        found = set()
+        for node in module_level(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        assert not found & HEAVY or path.stem == "callbacks", (path.name, found & HEAVY)
+
+
+def test_imports_are_absolute():
+    # The other tests read the module's name; a relative import would pass them unseen.
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name}:{node.lineno}"
+
+
+def test_nothing_is_called_utils():
+    for path in PRODUCT:
+        names = {path.stem}
+        for node in module_level(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names |= {alias.asname or alias.name for alias in node.names}
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        assert "utils" not in names, path.name
+
+
+def test_descriptors_opened_as_text_name_their_encoding():
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in {"fdopen", "NamedTemporaryFile", "SpooledTemporaryFile"}:
+                # The mode alone says whether it is binary; the temporary files are so by default.
+                mode = next((k.value.value for k in node.keywords if k.arg == "mode"), None)
+                position = 1 if name == "fdopen" else 0
+                if mode is None and len(node.args) > position:
+                    mode = getattr(node.args[position], "value", "")
+                binary = "b" in mode if mode else name != "fdopen"
+                assert binary or any(k.arg == "encoding" for k in node.keywords), f"{path.name}:{node.lineno}"
+
+
+def test_no_package_or_folder_bears_the_name_of_a_dependency():
+    taken = HEAVY | {"evaluate", "utils"}
+    assert not {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"} & taken
+    # data/ would hide data.py from `import data`.
+    assert not (ROOT / "data").exists()

@@ -8,6 +8,7 @@ import sys
 from conftest import ROOT
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
+from qwenmed.batch import read_requests
 
 TEN = {
     "diagnosis": "症状诊断", "treatment": "治疗方案", "prevention": "疾病预防", "education": "医学教育",
@@ -86,3 +87,30 @@ def test_eleventh_scenario_needs_nothing_but_prompts_py(tmp_path):
     )
     assert menu.returncode == 0, menu.stderr.decode()
     assert "11. 口腔健康（dental）" in menu.stdout.decode()
+
+
+def test_the_three_tables_hold_the_same_scenarios():
+    assert set(MEDICAL_PROMPTS) == set(SAMPLE_QUESTIONS) == set(MEDICAL_SCENARIOS)
+
+
+def test_every_prompt_says_more_than_the_general_one_and_its_own():
+    assert all(len(prompt) > len(GENERAL_PROMPT) for prompt in MEDICAL_PROMPTS.values())
+    assert len(set(MEDICAL_PROMPTS.values())) == len(MEDICAL_PROMPTS)
+
+
+def test_no_sample_question_is_blank_or_stands_twice():
+    questions = [question for samples in SAMPLE_QUESTIONS.values() for question in samples]
+    assert len(set(questions)) == len(questions)
+    assert all(question and question == question.strip() for question in questions)
+
+
+def test_batch_reader_accepts_every_row_of_the_sample_file():
+    path = ROOT / "sample_questions.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    # The defaults are no valid scenario, so that a row which does not say its own would fail.
+    requests = read_requests(path, MEDICAL_SCENARIOS, "none", 1)
+    assert [request.error for request in requests] == [None] * len(rows)
+    assert [(r.question, r.scenario, r.max_tokens) for r in requests] == [
+        (row["question"], row["scenario"], row["max_tokens"]) for row in rows
+    ]
+    assert all(type(row["max_tokens"]) is int for row in rows)

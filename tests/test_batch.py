@@ -1,0 +1,203 @@
+"""Batch files: each row becomes a request, and a bad one says so without spoiling the others."""
+
+import csv
+import json
+
+import pytest
+
+from qwenmed import files
+from qwenmed.batch import Request, parse_request, read_requests
+from qwenmed.errors import UserError
+
+SCENARIOS = {"diagnosis": "症状诊断", "nutrition": "营养指导"}
+
+
+def read(path):
+    return read_requests(path, SCENARIOS, "diagnosis", 100)
+
+
+def parse(row, number=1):
+    return parse_request(row, number, SCENARIOS, "diagnosis", 100)
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+ROWS = [
+    {"question": "头痛？"},
+    {"question": " 怎么吃？ ", "scenario": "nutrition", "max_tokens": 7, "id": "甲"},
+]
+EXPECTED = [Request(1, "头痛？", "diagnosis", 100), Request("甲", "怎么吃？", "nutrition", 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", "\ufeff" + json.dumps(ROWS, ensure_ascii=False, indent=1).replace("\n", "\r\n")),
+        ("A.JSON", json.dumps(ROWS)),
+        ("a.jsonl", files.to_jsonl(ROWS)),
+        ("a.jsonl", files.to_jsonl(ROWS).replace("\n", "\r\n\r\n")),
+        ("a.jsonl", files.to_jsonl(ROWS).rstrip("\n")),
+    ],
+)
+def test_json_and_jsonl_give_the_same_requests(tmp_path, name, text):
+    assert read(write(tmp_path, name, text)) == EXPECTED
+
+
+def test_csv_gives_the_same_requests_and_its_empty_cells_mean_not_given(tmp_path):
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "scenario", "max_tokens", "id"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert read(tmp_path / "a.csv") == EXPECTED
+
+
+def test_csv_question_may_hold_quotes_commas_and_line_breaks(tmp_path):
+    path = write(tmp_path, "a.csv", 'question\n"他说""疼"",\n要紧吗？"\n')
+    assert [request.question for request in read(path)] == ['他说"疼",\n要紧吗？']
+
+
+def test_rows_may_be_plain_texts(tmp_path):
+    assert read(write(tmp_path, "a.json", '["头痛？", {"question": "二？"}]')) == [
+        Request(1, "头痛？", "diagnosis", 100),
+        Request(2, "二？", "diagnosis", 100),
+    ]
+
+
+@pytest.mark.parametrize("document", ['{"question": "头痛？"}', '"头痛？"', "5", "null"])
+def test_json_that_is_no_list_is_refused(tmp_path, document):
+    with pytest.raises(UserError, match=r"列表.*a\.json"):
+        read(write(tmp_path, "a.json", document))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", ""),
+        ("a.json", "[]"),
+        ("a.json", '[{"question": "头'),
+        ("a.jsonl", "\n\n"),
+        ("a.jsonl", '{"question": "一？"}\n{"question": "二'),
+        ("a.csv", "question,scenario\n"),
+        ("a.csv", "头痛".encode("gbk")),
+        ("a.txt", "头痛？"),
+        ("a", "头痛？"),
+        ("a.parquet", "PAR1"),
+    ],
+)
+def test_unusable_file_is_a_user_error_that_names_it(tmp_path, name, text):
+    path = write(tmp_path, name, text)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no.json", "no.jsonl", "no.csv", "no.txt"])
+def test_missing_file_is_said_to_be_missing(tmp_path, name):
+    with pytest.raises(UserError, match="不存在"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder.json", "folder.jsonl", "folder.csv"])
+def test_folder_is_no_batch_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="不是普通文件"):
+        read(tmp_path / name)
+
+
+BAD_ROWS = [
+    ({}, "question"),
+    ({"scenario": "nutrition"}, "question"),
+    ({"question": ""}, "question"),
+    ({"question": " \n"}, "question"),
+    ({"question": None}, "question"),
+    ({"question": 5}, "question"),
+    ({"question": ["头痛"]}, "question"),
+    ("  ", "question"),
+    ({"question": "q", "scenario": "dental"}, "未知场景 'dental'"),
+    ({"question": "q", "scenario": 3}, "未知场景 3"),
+    ({"question": "q", "scenario": ["diagnosis"]}, "未知场景"),
+    ({"question": "q", "max_tokens": "abc"}, "max_tokens"),
+    ({"question": "q", "max_tokens": 0}, "max_tokens"),
+    ({"question": "q", "max_tokens": "0"}, "max_tokens"),
+    ({"question": "q", "max_tokens": -1}, "max_tokens"),
+    ({"question": "q", "max_tokens": "-1"}, "max_tokens"),
+    ({"question": "q", "max_tokens": True}, "max_tokens"),
+    ({"question": "q", "max_tokens": False}, "max_tokens"),
+    ({"question": "q", "max_tokens": 1.5}, "max_tokens"),
+    ({"question": "q", "max_tokens": "²"}, "max_tokens"),  # isdigit() is true of it, int() refuses it
+    ({"question": "q", "max_tokens": [1]}, "max_tokens"),
+    (5, "int"),
+    (None, "NoneType"),
+    (["q"], "list"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_bad_row_says_what_is_wrong_with_it(row, reason):
+    request = parse(row, 4)
+    assert request.id == 4 and reason in request.error
+    assert isinstance(request.question, str) and isinstance(request.scenario, str)
+    assert type(request.max_tokens) is int and request.max_tokens > 0
+
+
+def test_limit_too_long_for_python_to_read_is_a_bad_row_too():
+    # int() takes no text of more than 4300 digits.
+    assert "max_tokens" in parse({"question": "q", "max_tokens": "9" * 5000}).error
+
+
+@pytest.mark.parametrize("field", ["question", "scenario", "id"])
+def test_half_a_surrogate_pair_is_a_bad_row_that_can_still_be_written_out(tmp_path, field):
+    # The results are UTF-8: one such row must not cost the answers of a whole night.
+    row = {"question": "q", field: json.loads('"\\ud800"')}
+    request = parse(row)
+    assert request.error
+    with files.growing_file(tmp_path / "out.jsonl") as file:
+        file.write(files.to_jsonl([{"id": request.id, "question": request.question, "scenario": request.scenario}]))
+
+
+def test_bad_rows_leave_the_others_alone_in_order(tmp_path):
+    rows = [{"question": "首？"}, *(row for row, _ in BAD_ROWS), {"question": "尾？"}]
+    found = read(write(tmp_path, "a.json", json.dumps(rows)))
+    assert len(found) == len(rows)
+    assert [request.question for request in found if request.error is None] == ["首？", "尾？"]
+    assert [request.id for request in found] == list(range(1, len(rows) + 1))
+
+
+def test_line_that_is_no_json_is_a_bad_row_and_the_others_are_fine(tmp_path):
+    found = read(write(tmp_path, "a.jsonl", '{"question": "一？"}\n{bad\n{"question": "三？"}\n'))
+    assert [request.error is None for request in found] == [True, False, True]
+    assert "JSON" in found[1].error and found[1].id == 2
+
+
+def test_csv_row_with_too_many_cells_is_a_bad_row_and_the_others_are_fine(tmp_path):
+    found = read(write(tmp_path, "a.csv", "question\n一？\n二？,多\n三？\n"))
+    assert [request.error is None for request in found] == [True, False, True]
+
+
+def test_defaults_fill_what_a_row_does_not_say():
+    given = parse_request({"question": "q", "scenario": None, "max_tokens": ""}, 3, SCENARIOS, "nutrition", 9)
+    assert given == Request(3, "q", "nutrition", 9)
+
+
+@pytest.mark.parametrize("limit", [50, "50", " 50 "])
+def test_limit_may_be_a_number_or_the_text_of_one(limit):
+    assert parse({"question": "q", "max_tokens": limit}) == Request(1, "q", "diagnosis", 50)
+
+
+@pytest.mark.parametrize("id_", ["甲", 0, 17, False])
+def test_row_keeps_its_own_id(id_):
+    assert parse({"question": "q", "id": id_}).id is id_
+
+
+@pytest.mark.parametrize("id_", [None, ""])
+def test_row_without_an_id_is_called_by_its_number(id_):
+    assert parse({"question": "q", "id": id_}, 5).id == parse({"question": "q"}, 5).id == 5
+
+
+def test_unknown_scenario_lists_the_known_ones():
+    assert "diagnosis、nutrition" in parse({"question": "q", "scenario": "x"}).error
