@@ -242,10 +242,10 @@ def build_trainer(
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from qwenmed.callbacks import CardTrainer, ProgressBar
+    from qwenmed.callbacks import MedicalSFTTrainer, ProgressBar
 
     try:
-        trainer = CardTrainer(
+        trainer = MedicalSFTTrainer(
             model=model,
             args=config,
             processing_class=tokenizer,

@@ -14,7 +14,7 @@ FLOORS = [
     ["records", "settings"],
     ["hub_clients", "hub", "chat", "hardware", "batch"],
     ["checkpoints", "demo"],
-    ["tracking", "callbacks", "engine"],
+    ["tracking", "head", "callbacks", "engine"],
     ["training", "run", "terminal"],
 ]
 ORDER = [name for floor in FLOORS for name in floor]
