@@ -24,7 +24,7 @@ def main() -> None:
     question = read_question(args.question)
     checkpoint = checkpoints.find(args.checkpoint, base_model=args.base_model)
     device = hardware.pick_device(args.device)
-    cli.note(f"载入{checkpoint.kind} {checkpoint.path} …")
+    cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}")
     engine = load_engine(checkpoint, device, args.seed)
     answer(engine, checkpoint, question, args)
 

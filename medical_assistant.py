@@ -78,7 +78,7 @@ class MedicalAssistant:
 
             self._checkpoint = checkpoints.find(self.checkpoint_path, base_model=self.base_model)
             device = hardware.pick_device(self.device)
-            cli.note(f"载入{self._checkpoint.kind} {self._checkpoint.path}（{device.type}）…")
+            cli.note(f"正在载入：{self._checkpoint.kind} {self._checkpoint.path}（{device.type}）")
             from qwenmed.engine import TransformersEngine
 
             model, tokenizer = checkpoints.load(self._checkpoint, hardware.inference_dtype(device))

@@ -45,7 +45,7 @@ RECOMMENDED_TRAINING = """\
 # 演示模型从随机权重开始训练，需要比微调大得多的学习率和更多轮数；命令行和 --config 优先于这里。
 full:
   learning_rate: 2.0e-3
-  epochs: 10
+  epochs: 14
   batch_size: 8
   gradient_accumulation_steps: 1
   save_total_limit: 1
