@@ -45,7 +45,7 @@ QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼�
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

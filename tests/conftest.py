@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,14 +97,37 @@ class Workplace:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, demo_rows) -> Workplace:
-    """`data.py` and `train.py` on ten records, as subprocesses; eight of them are learnt by heart."""
-    folder = tmp_path_factory.mktemp("work")
-    rows = demo_rows[::10]
+    """`data.py` and `train.py` on ten records, as subprocesses; eight of them are learnt by heart.
+
+    The test processes share one: whoever comes first makes it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, log = shared / "trained", shared / "trained.log"
+    with FileLock(shared / "trained.lock"):
+        if not log.exists():
+            log.write_text(train_on_ten_records(folder, demo_rows[::10]), encoding="utf-8")
+    kept = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Workplace(folder, kept, log.read_text(encoding="utf-8"))
+
+
+def train_on_ten_records(folder: Path, rows: list[dict]) -> str:
+    """Run the two stages in `folder`; returns what the training printed."""
+    folder.mkdir()
     source = folder / "mine.jsonl"
     source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     data = run_script("data.py", "--source", source, "--val-ratio", "0.2", cwd=folder)
     assert data.status == 0, data.err
     train = run_script("train.py", "--model", "demo", *QUICK, cwd=folder)
     assert train.status == 0, train.err
-    kept = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Workplace(folder, kept, train.err)
+    return train.err
+
+
+@pytest.fixture
+def small_data(tmp_path, demo_rows):
+    """A folder with train.jsonl and val.jsonl of a few records."""
+    for name, rows in (("train", demo_rows[:8]), ("val", demo_rows[8:10])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path

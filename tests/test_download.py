@@ -248,9 +248,9 @@ def test_folder_that_is_no_model_is_left_alone(server, work, fetch):
     assert traces(work) == ["models", "models/tiny", "models/tiny/notes.txt"] and server.requests == []
 
 
-def test_training_fetches_a_model_by_its_id(server, work, trained):
+def test_training_fetches_a_model_by_its_id(server, work, small_data):
     for name in ("train.jsonl", "val.jsonl"):
-        shutil.copy(trained.folder / name, work / name)
+        shutil.copy(small_data / name, work / name)
     done = run_script(
         "train.py", "--model", "org/tiny", "--max-steps", "1", "--sample-tokens", "0", "--swanlab", "disabled",
         cwd=work, env=environment(work.parent / "home", server.url, server.url),

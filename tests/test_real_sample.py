@@ -127,7 +127,7 @@ def test_data_then_twenty_steps_then_inference(small_model, tmp_path, script, re
     rate = "1e-2" if script == "train_lora.py" else "3e-3"
     done = run_script(
         script, "--model", small_model, "--max-steps", "20", "--batch-size", "1", "--gradient-accumulation-steps", "1",
-        "--learning-rate", rate, "--max-length", "1024", "--overlong", "shorten", "--logging-steps", "1",
+        "--learning-rate", rate, "--max-length", "640", "--overlong", "shorten", "--logging-steps", "1",
         "--eval-steps", "20", "--sample-tokens", "8", "--output-dir", "run", cwd=tmp_path,
     )  # fmt: skip
     assert done.status == 0, done.err

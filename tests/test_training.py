@@ -118,20 +118,11 @@ def test_second_run_into_a_used_folder_is_refused(trained):
     assert_user_error(done, "output/demo-full", "--resume", "--output-dir")
 
 
-@pytest.fixture
-def small_data(tmp_path, demo_rows):
-    """A folder with train.jsonl and val.jsonl of a few records."""
-    for name, rows in (("train", demo_rows[:8]), ("val", demo_rows[8:10])):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return tmp_path
-
-
 COMMON = ["--batch-size", "2", "--logging-steps", "1", "--sample-tokens", "0", "--swanlab", "disabled"]
 
 
 def test_ctrl_c_saves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(small_data, demo_model):
-    command = ["train.py", "--model", demo_model, "--max-steps", "40", "--eval-steps", "10", *COMMON]
+    command = ["train.py", "--model", demo_model, "--max-steps", "24", "--eval-steps", "6", *COMMON]
     whole = run_script(*command, "--output-dir", "whole", cwd=small_data)
     assert whole.status == 0, whole.err
 
@@ -141,7 +132,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(sm
         stderr=subprocess.PIPE,
         text=True,
     )
-    _wait_for(small_data / "cut" / "checkpoint-10" / "trainer_state.json", process)
+    _wait_for(small_data / "cut" / "checkpoint-6" / "trainer_state.json", process)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 130, error
