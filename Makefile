@@ -1,4 +1,4 @@
-# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 4 分钟）
+# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 3 分钟）
 # make test   全部测试
 # make lint   代码检查
 
