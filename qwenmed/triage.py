@@ -1,9 +1,220 @@
-"""The fixed texts that stand with every answer, whatever the model says."""
+"""Urgency rules and fixed texts: what must not depend on a model.
+
+The rules are a table that a doctor can read and correct (urgency/rules.csv, each with its source); the words
+stand in urgency/signs.csv, the marks of denial, past, supposition and knowledge questions in urgency/cues.csv,
+what to do and not to do until help comes in urgency/advice.csv. `assess` reads a question, `emergency_text` is
+what an emergency is told before any model is asked, and `check_answer` looks at what the model then said.
+"""
+
+import csv
+import functools
+import re
+from dataclasses import dataclass
+
+from qwenmed.quantities import signs_from_numbers
+from qwenmed.signs import TABLES, find_signs, normalise
+
+EMERGENCY, URGENT, ROUTINE = "emergency", "urgent", "routine"
 
 DISCLAIMER = "【免责声明】以上内容由人工智能生成，仅供参考，不能代替医生的诊断和治疗；如有不适请及时就医，紧急情况请立即拨打120。"
 
 NO_ANSWER = "（模型在 {limit} 个 token 之内没有写完思考，还没有给出回答。请用更大的 -m / max_tokens 再试一次。）"
 EMPTY_ANSWER = "（模型没有给出回答。请换一种说法再试一次。）"
+
+# Rules by which danger to life is told even inside a knowledge question.
+_ALWAYS = ("魂",)
+
+
+@dataclass(frozen=True)
+class Urgency:
+    """How urgent a question is.
+
+    Attributes:
+        level: "emergency" (call 120 now), "urgent" (see a doctor today) or "routine".
+        reasons: the rules that fired, each with the words that it was read from.
+        advice: key of the fixed text for an emergency, otherwise "".
+    """
+
+    level: str
+    reasons: tuple[str, ...] = ()
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of rules.csv: fires if of each group of signs one is present, and none of `unless`."""
+
+    id: str
+    level: str
+    name: str
+    needs: tuple[tuple[str, ...], ...]
+    unless: tuple[str, ...]
+    advice: str
+    source: str
+
+    def fired_by(self, present: dict[str, str]) -> str | None:
+        """The words that fire it, or None."""
+        words: list[str] = []
+        for alternatives in self.needs:
+            found = next((w for sign in alternatives if (w := present.get(sign)) and not _same(w, words)), None)
+            if found is None:
+                return None
+            words.append(found)
+        if any(sign in present for sign in self.unless):
+            return None
+        return "、".join(dict.fromkeys(words))
+
+
+def _same(found: str, words: list[str]) -> bool:
+    """Whether the same words have fired another part of the rule already: one sign is no combination."""
+    return any(found in word or word in found for word in words)
+
+
+def assess(question: str) -> Urgency:
+    """How urgent a question is; deterministic, in time proportional to its length."""
+    text = normalise(question)
+    findings = find_signs(text)
+    present = dict(findings.present)
+    if not present:
+        return Urgency(ROUTINE)
+    for sign, words in signs_from_numbers(text):
+        present.setdefault(sign, words)
+    is_lesson = _asks_for_knowledge(findings.cues)
+    fired: list[tuple[Rule, str]] = []
+    for rule in _candidates(present):
+        if is_lesson and not rule.id.startswith(_ALWAYS):
+            continue
+        if fired and rule.level == URGENT and fired[0][0].level == EMERGENCY:
+            break
+        words = rule.fired_by(present)
+        if words is not None:
+            fired.append((rule, words))
+    if not fired:
+        return Urgency(ROUTINE)
+    level = fired[0][0].level
+    reasons = tuple(f"{rule.id} {rule.name}（{words}）" for rule, words in fired if rule.level == level)
+    return Urgency(level, reasons, fired[0][0].advice if level == EMERGENCY else "")
+
+
+def _asks_for_knowledge(cues: frozenset[str]) -> bool:
+    """Whether the text asks to learn rather than for help: a lesson has no patient in it, or is an exam's."""
+    if "强求知" in cues:
+        return True
+    return "求知" in cues and not ("急性" in cues and "本人" in cues)
+
+
+def _candidates(present: dict[str, str]) -> list[Rule]:
+    first, by_sign = _rules()
+    numbers = {number for sign in present for number in by_sign.get(sign, ())}
+    return [first[number] for number in sorted(numbers)]
+
+
+@functools.cache
+def _rules() -> tuple[list[Rule], dict[str, tuple[int, ...]]]:
+    """The rules, emergencies first as they stand, and for each sign those that need it as their first."""
+    with (TABLES / "rules.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = [
+            Rule(
+                id=row["编号"],
+                level=row["级别"],
+                name=row["名称"],
+                needs=tuple(tuple(group.split("/")) for group in row["条件"].split(" + ")),
+                unless=tuple(row["除非"].split("/")) if row["除非"] else (),
+                advice=row["处置"],
+                source=row["依据"],
+            )
+            for row in csv.DictReader(file)
+        ]
+    rows.sort(key=lambda rule: rule.level != EMERGENCY)
+    index: dict[str, tuple[int, ...]] = {}
+    for number, rule in enumerate(rows):
+        for sign in rule.needs[0]:
+            index[sign] = (*index.get(sign, ()), number)
+    return rows, index
+
+
+def emergency_text(urgency: Urgency) -> str:
+    """The fixed text that an emergency's reply begins with; "" for everything else."""
+    if urgency.level != EMERGENCY:
+        return ""
+    do, avoid = _advice()[urgency.advice]
+    call = "请立即拨打120，并拨打心理援助热线12356" if urgency.advice in ("自伤", "伤人") else "请立即拨打120"
+    return (
+        f"【紧急】{call}！您描述的情况可能有生命危险，请先做下面的事，不要等待网上的回答。\n现在：{do}\n注意：{avoid}"
+    )
+
+
+@dataclass(frozen=True)
+class CheckedAnswer:
+    """A model's answer after the check.
+
+    Attributes:
+        text: the answer, with fixed cautions behind it; "" if it was withheld.
+        cautions: names of the cautions added, and "contradiction" where the answer was withheld.
+    """
+
+    text: str
+    cautions: tuple[str, ...] = ()
+
+
+# What an answer must not leave uncommented, whatever the question was.
+_CAUTIONS = {
+    "dose": "【用药提醒】回答里提到了药物剂量，可能有错：请以药品说明书和医生、药师的意见为准，不要照着自行用药。",
+    "child": "【用药提醒】儿童用药要按体重由医生决定，请先问儿科医生或药师，不要自行给药。",
+    "pregnancy": "【用药提醒】怀孕或哺乳期间，任何药物（包括中成药）都请先问产科医生或药师。",
+    "kidney_liver": "【用药提醒】肝肾功能不好时，许多药要减量或不能用，请先问医生或药师。",
+    "stopping": "【用药提醒】医生开的药不要自行停用或减量，请先问开药的医生。",
+}
+_DOSE = re.compile(
+    r"[0-9一二两三四五六七八九十百半]\s?[0-9.~～至\-到]{0,8}\s?"
+    r"(?:mg|毫克|微克|μg|ug|ml|毫升|克|g|片|粒|颗|滴|支|袋|丸|单位|iu|喷|包|mcg)(?![a-z])"
+)
+_DRUG = re.compile(
+    "药|片|胶囊|颗粒|口服|服用|注射|布洛芬|对乙酰氨基酚|阿司匹林|头孢|青霉素|阿莫西林|胰岛素|激素|抗生素|地平|洛尔|普利|沙坦|"
+    "他汀|拉唑|唑仑|沙星|霉素|西林|替丁|泼尼松|地塞米松|二甲双胍|甘油|每日|每天|一日|一次|每次|mg|毫克"
+)
+_MEDICINE = re.compile(
+    "服药|用药|服用|口服|吃药|给药|药物|布洛芬|对乙酰氨基酚|阿司匹林|头孢|青霉素|阿莫西林|退烧药|退热药|止痛药|抗生素|感冒药|胶囊|颗粒|mg|毫克|片"
+)
+_CHILD = re.compile("宝宝|孩子|儿童|婴儿|幼儿|小儿|新生儿|小孩|[0-9一二两三四五六七八九十]{1,3}(?:个月|岁半|月龄)|患儿")
+_PREGNANCY = re.compile("怀孕|孕妇|孕期|妊娠|哺乳|孕早期|孕晚期|备孕|孕[0-9]")
+_KIDNEY_LIVER = re.compile("肾病|肾功能|肾衰|透析|尿毒症|肝硬化|肝功能|肝病|肝炎|肾炎")
+_STOPPING = re.compile(
+    "(?:可以|能|应该|建议|先|就|直接|马上|立即|自行|请|应)[^。；，！？不勿]{0,6}(?:停药|停用|停服|停掉|减量|减半|不再吃|不吃药|停止服用|停止用药|不用再吃)"
+)
+_CONTRADICTION = re.compile(
+    "(?:不用|无需|不必|不需要|没必要|没有必要|用不着|不要)(?!自|开|走|独)[^。；，、！？]{0,6}(?:去医院|就医|看医生|急诊|打120|拨打120|叫救护车|就诊|送医)"
+    "|(?:在家|先)[^。；，！？]{0,4}(?:观察|休息)[^。；！？]{0,10}(?:即可|就好|就行|几天|看看|再说)"
+    "|(?:明天|过几天|几天后|有空|择期|下周)[^。；，！？]{0,6}(?:去医院|就医|就诊|看医生|再去)"
+    "|(?:问题|关系)不大|没什么大碍|不严重|并无大碍|不要紧|(?:不是|不算|不属于)急症|多休息(?:即可|就好|就行)|喝点热水"
+)
+
+
+def check_answer(answer: str, question: str, urgency: Urgency) -> CheckedAnswer:
+    """Look at a model's answer: withhold one that talks an emergency down, add the cautions it calls for.
+
+    Args:
+        question: what was asked; a child, a pregnancy or a kidney disease often stands only there.
+    """
+    if urgency.level == EMERGENCY and _CONTRADICTION.search(answer):
+        return CheckedAnswer("", ("contradiction",))
+    both = f"{question}\n{answer}"
+    lowered = answer.lower()
+    cautions = []
+    if _DOSE.search(lowered) and _DRUG.search(lowered):
+        cautions.append("dose")
+    if _MEDICINE.search(lowered):
+        groups = (("child", _CHILD), ("pregnancy", _PREGNANCY), ("kidney_liver", _KIDNEY_LIVER))
+        cautions += [name for name, pattern in groups if pattern.search(both)]
+    if _STOPPING.search(answer):
+        cautions.append("stopping")
+    return CheckedAnswer("\n\n".join([answer, *(_CAUTIONS[name] for name in cautions)]), tuple(cautions))
+
+
+@functools.cache
+def _advice() -> dict[str, tuple[str, str]]:
+    with (TABLES / "advice.csv").open(encoding="utf-8-sig", newline="") as file:
+        return {row["处置"]: (row["现在做"], row["不要做"]) for row in csv.DictReader(file)}
 
 
 def close_answer(answer: str, notice: str = "") -> str:

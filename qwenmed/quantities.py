@@ -1,0 +1,142 @@
+"""Numbers that decide: temperature, blood pressure, glucose, oxygen, age, weeks of pregnancy, tablets.
+
+A number counts only beside its word or unit, and each becomes the name of a sign for the urgency rules, e.g.
+"体温 39.2" → 高热. The patterns have no nested repetition, so their time grows with the text's length only.
+"""
+
+import re
+from collections.abc import Iterator
+
+_DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
+_SCALE = {"十": 10, "百": 100}
+_CHINESE = re.compile("[零〇一二两三四五六七八九十百]{1,6}(?:[点][零〇一二三四五六七八九]{1,2})?")
+_HAS_NUMBER = re.compile("[0-9零〇一二两三四五六七八九十百半]")
+
+_N = r"(\d{1,4}(?:\.\d{1,2})?)"
+_TEMPERATURE = re.compile(
+    rf"(?<!\d){_N}\s{{0,2}}(?:度|℃|°c|摄氏度|c\b)(\d)?|(?:烧|热|体温|温度|额温|腋温|肛温|耳温|fever of|temp)[^0-9，。；!?！？]{{0,6}}{_N}"
+)
+_PRESSURE = re.compile(r"(?<!\d)(\d{2,3})\s{0,2}[/／比、]\s{0,2}(\d{2,3})(?!\d)")
+_SYSTOLIC = re.compile(r"(?:高压|收缩压|血压|bp)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
+_GLUCOSE = re.compile(rf"(?:血糖|血唐|餐后|空腹)[^0-9，。；、天]{{0,8}}{_N}|(?<!\d){_N}\s{{0,2}}mmol")
+_OXYGEN = re.compile(r"(?:血氧|氧饱和度|饱和度|spo2|o2)[^0-9，。；]{0,8}(\d{2,3})")
+_AGE = re.compile(
+    r"(?<![\d.])(\d{1,3})(天|日龄|周龄|周|个月|月龄|月大|岁)(?:大|的|零|多|，|,|男|女|婴|宝|娃|孩|新|了)?"
+)
+_WEEKS = re.compile(
+    r"(?:孕|怀孕|妊娠|pregnant)[^0-9，。；]{0,6}(\d{1,2})\s{0,1}(周|个月|个多月|weeks|w|月)|(\d{1,2})\s{0,1}(?:周|weeks)[^0-9，。；]{0,4}(?:孕|pregnant)"
+)
+_TABLETS = re.compile(r"(?<!\d)(\d{1,3})(?:多|几|来)?\s{0,2}(?:片|粒|颗|个胶囊|胶囊|tablets|pills)")
+_HEART_RATE = re.compile(r"(?:心率|心跳|脉搏|pulse)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
+_CHILD = ("宝", "娃", "婴", "孩", "儿", "小家伙", "囡", "崽", "大的", "baby", "妹妹", "弟弟")
+
+
+def chinese_to_digits(text: str) -> str:
+    """三十八度五 → 38度5; only runs that a number word or unit can follow are long enough to matter."""
+    return _CHINESE.sub(lambda match: _value(match.group()), text)
+
+
+def _value(run: str) -> str:
+    whole, _, part = run.partition("点")
+    if not any(scale in whole for scale in _SCALE):
+        number = "".join(str(_DIGITS[sign]) for sign in whole)
+    else:
+        total = digit = 0
+        for sign in whole:
+            if sign in _SCALE:
+                total, digit = total + (digit or 1) * _SCALE[sign], 0
+            else:
+                digit = _DIGITS[sign]
+        if digit and whole[-2:-1] == "百":  # 一百二 is 120
+            digit *= 10
+        number = str(total + digit)
+    return number + ("." + "".join(str(_DIGITS[sign]) for sign in part) if part else "")
+
+
+def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (sign, the words it was read from) for every number that matters.
+
+    Args:
+        text: normalised (half-width, lower case).
+    """
+    if not _HAS_NUMBER.search(text):
+        return
+    text = chinese_to_digits(text)
+    for match in _TEMPERATURE.finditer(text):
+        value = float(match[1] or match[3])
+        if match[1] and match[2]:
+            value += int(match[2]) / 10
+        if 34 < value < 43.5:
+            if value >= 38:
+                yield "体温38", match[0]
+            if value >= 39:
+                yield "体温39", match[0]
+            if value >= 40.5:
+                yield "体温405", match[0]
+            if value < 35.5:
+                yield "体温低", match[0]
+    for match in _PRESSURE.finditer(text):
+        high, low = int(match[1]), int(match[2])
+        if 60 <= high <= 300 and 30 <= low < high:
+            if high >= 180 or low >= 120:
+                yield "血压180", match[0]
+            if high >= 160 or low >= 110:
+                yield "血压160", match[0]
+            if high >= 140 or low >= 90:
+                yield "血压140", match[0]
+            if high < 90 or low < 50:
+                yield "血压低", match[0]
+    for match in _SYSTOLIC.finditer(text):
+        if 180 <= int(match[1]) <= 300:
+            yield "血压180", match[0]
+        elif 40 < int(match[1]) < 90 and "低压" not in match[0]:
+            yield "血压低", match[0]
+        if 160 <= int(match[1]) <= 300:
+            yield "血压160", match[0]
+    for match in _GLUCOSE.finditer(text):
+        value = float(match[1] or match[2])
+        if value < 3.0 and value >= 0.5:
+            yield "血糖低值", match[0]
+        if 16.7 <= value <= 60:
+            yield "血糖高值", match[0]
+        if 33 <= value <= 60:
+            yield "血糖极高", match[0]
+    for match in _OXYGEN.finditer(text):
+        if 40 <= int(match[1]) < 90:
+            yield "血氧低", match[0]
+        elif int(match[1]) < 94 and int(match[1]) >= 90:
+            yield "血氧偏低", match[0]
+    yield from _ages(text)
+    for match in _WEEKS.finditer(text):
+        weeks = int(match[1] or match[3]) * (4 if match[2] and "月" in match[2] else 1)
+        if 20 <= weeks <= 43:
+            yield "孕20周", match[0]
+        if 20 <= weeks < 37:
+            yield "未足月", match[0]
+    for match in _TABLETS.finditer(text):
+        if int(match[1]) >= 8:
+            yield "药量大", match[0]
+    for match in _HEART_RATE.finditer(text):
+        if int(match[1]) >= 150 or int(match[1]) < 40:
+            yield "心率危险", match[0]
+
+
+def _ages(text: str) -> Iterator[tuple[str, str]]:
+    for match in _AGE.finditer(text):
+        value, unit = int(match[1]), match[2]
+        if unit == "岁":
+            if value <= 14:
+                yield "儿童", match[0]
+            if value >= 65:
+                yield "老人", match[0]
+            continue
+        around = text[max(0, match.start() - 8) : match.end() + 6]
+        if "孕" in around or not any(word in around for word in _CHILD):
+            continue
+        days = value * {"天": 1, "日龄": 1, "周龄": 7, "周": 7}.get(unit, 30)
+        if days <= 92 and not (unit in ("个月",) and value >= 3):
+            yield "三月内", match[0]
+        if days <= 28:
+            yield "新生儿", match[0]
+        if days <= 1200:
+            yield "儿童", match[0]

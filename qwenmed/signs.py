@@ -1,0 +1,303 @@
+"""Which signs a text speaks of, and whether they are there now: not denied, past, supposed or told of others.
+
+The words lie in urgency/signs.csv and urgency/cues.csv, for a doctor to read and correct. They are found by an
+Aho–Corasick automaton, once as written and once by sound (homophones: 呼吸困南), so the time grows with the
+text's length only. A word pair `A~B` is found when B follows A closely; `@name` and `@@name` stand for a row's
+words (`@@` for parts of the body, of which only the nearest counts); `_` stands for a space.
+"""
+
+import csv
+import functools
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TABLES = Path(__file__).with_name("urgency")
+
+STRONG_STOPS = frozenset("。！？!?；;\n")
+CLAUSE_STOPS = STRONG_STOPS | frozenset("，,：:")
+PAIR_GAP = 7  # characters between the two words of a pair
+SOUND_LENGTH = 3  # shorter words have too many homophones
+NEGATION_REACH = 16
+SHORT_NEGATION_REACH = 1
+
+# Traditional characters (and some Cantonese ones) with what the tables have for them, one after the other.
+_PAIRS = (
+    "萬万業业東东絲丝兩两嚴严喪丧個个臨临爲为舉举麼么義义烏乌樂乐習习書书買买亂乱於于亞亚產产親亲僅仅從从侖仑儀仪價价衆众優优夥伙會会傳传傷伤倫伦體体側侧傾倾"
+    "兒儿兌兑黨党關关養养內内寫写軍军農农凍冻淨净準准涼凉減减幾几擊击劃划則则剛刚別别劑剂剝剥劇剧辦办動动勁劲區区醫医華华單单賣卖滷卤臥卧衛卫卻却歷历厲厉壓压"
+    "厭厌廁厕參参雙双發发變变疊叠臺台葉叶號号嘆叹喫吃後后嚇吓嗎吗聽听嘔呕員员嗆呛嚨咙響响啞哑譁哗脣唇喚唤噴喷囑嘱嚕噜團团園园圍围圓圆場场壞坏塊块堅坚墜坠聲声"
+    "殼壳處处備备復复夠够頭头夾夹獎奖奧奥婦妇媽妈嬰婴孫孙學学寧宁寶宝實实寵宠宮宫對对尋寻導导爾尔尷尴盡尽層层屜屉屬属歲岁島岛嶽岳幣币帥帅師师簾帘帶带幫帮幹干"
+    "並并牀床應应開开異异張张彎弯彈弹強强歸归當当錄录徵征憶忆懷怀總总惡恶驚惊懼惧慘惨願愿戲戏戰战戶户撲扑執执摳抠搶抢護护報报擔担擬拟擰拧撥拨擇择攣挛撓挠擋挡"
+    "擠挤撈捞換换據据擺摆搖摇撐撑攢攒敵敌數数斷断無无舊旧時时顯显曬晒曉晓暈晕暫暂術术機机殺杀槓杠條条來来棗枣槍枪梔栀標标樹树樣样橋桥夢梦檢检樓楼櫻樱殘残畢毕"
+    "氣气氫氢湯汤溝沟瀝沥淚泪瀉泻潑泼潔洁灑洒淺浅濁浊測测渾浑濃浓塗涂湧涌滌涤澀涩滲渗溫温遊游溼湿潰溃濺溅滾滚滿满灘滩瀦潴瀕濒滅灭燈灯靈灵災灾爐炉點点爛烂煙烟"
+    "煩烦燒烧燙烫熱热燜焖愛爱爺爷牽牵狀状豬猪貓猫環环現现電电畫画療疗瘍疡瘡疮瘋疯皰疱痙痉癢痒癇痫癡痴癱瘫癲癫皁皂皺皱鹽盐監监盤盘睜睁確确礙碍鹼碱禍祸離离種种"
+    "祕秘積积稱称穩稳竄窜窩窝筆笔篩筛籤签簡简籃篮類类糞粪糉粽緊紧紅红級级紀纪紗纱紙纸紐纽線线紺绀練练細细織织絆绊紹绍經经結结給给絕绝絞绞統统繼继續续繩绳維维"
+    "綿绵繃绷綜综綠绿緩缓緣缘縫缝纏缠縮缩網网羅罗羨羡羣群翹翘聾聋職职腸肠膚肤腎肾腫肿脹胀膽胆膠胶脈脉髒脏臍脐腦脑膿脓腳脚脫脱臉脸膩腻藝艺蒼苍蘇苏蘋苹範范薦荐"
+    "蕩荡蕁荨藥药藍蓝慮虑虛虚蟲虫蝦虾蟄蛰蠟蜡蠍蝎裝装褲裤見见觀观規规視视覺觉觸触計计認认討讨讓让訓训記记講讲論论設设訣诀證证評评識识訴诉診诊詞词譯译試试話话"
+    "該该詳详語语誤误誘诱說说誦诵請请諾诺讀读課课調调談谈謂谓謠谣譜谱貝贝敗败貨货質质貫贯賤贱費费資资賠赔賴赖蹤踪車车軋轧軌轨轉转輪轮軟软輕轻輩辈輸输邊边達达"
+    "過过運运還还這这進进遠远連连遲迟適适選选遺遗鄰邻鬱郁醬酱採采釋释裏里鑑鉴針针釘钉鈍钝鍾钟鋼钢鉤钩鈕钮錢钱鑽钻鐵铁鋁铝銀银銷销鎖锁鋰锂鍋锅鏽锈鋅锌錯错鑼锣"
+    "錘锤鋸锯鎮镇鏡镜長长門门閃闪閉闭問问間间悶闷鬧闹閨闺聞闻闌阑隊队陽阳陰阴陣阵險险隱隐難难靂雳霧雾黴霉靜静頂顶項项順顺顧顾頓顿預预頸颈頜颌頻频顆颗題题額额"
+    "顳颞顛颠顫颤風风飄飘飆飙飛飞飯饭飲饮餃饺餓饿饅馒馬马驅驱驗验驟骤魚鱼鮮鲜鯊鲨雞鸡鳴鸣鵝鹅黃黄齊齐齒齿齡龄齦龈龍龙為为眾众汙污洩泄痺痹著着睪睾裡里衞卫濕湿"
+    "説说鈎钩唔不冇没咗了瞓睡佢他喺在攞拿嚟来麽么"
+)
+_TRADITIONAL = str.maketrans(dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True)))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A word of the tables in the text: half-open [start, end)."""
+
+    start: int
+    end: int
+    roles: tuple[tuple[str, str], ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a text says.
+
+    Attributes:
+        present: sign → the words, for signs that are there now, and for circumstances.
+        cues: names of the language marks in the text.
+    """
+
+    present: dict[str, str]
+    cues: frozenset[str]
+
+
+def normalise(text: str) -> str:
+    """Half-width, lower case, simplified; zero-width characters and blanks between Chinese characters removed."""
+    text = unicodedata.normalize("NFKC", text).lower().translate(_TRADITIONAL)
+    if text.isascii():
+        return " ".join(text.split())
+    return "".join(
+        c
+        for i, c in enumerate(text)
+        if c.isprintable() and not (c.isspace() and _between_chinese(text, i)) or c == "\n"
+    )
+
+
+def _between_chinese(text: str, i: int) -> bool:
+    return not (i and text[i - 1].isascii() and text[i + 1 : i + 2].isascii())
+
+
+def find_signs(text: str) -> Findings:
+    """The signs of a normalised text."""
+    tables = _tables()
+    hits = tables.hits(text)
+    cues = [hit for hit in hits if hit.roles[0][0] == "cue"]
+    reader = _Reader(text, cues)
+    present: dict[str, str] = {}
+    for sign, kind, start, end, middle in tables.signs(text, hits):
+        if sign in present or (kind != "境" and not reader.holds(start, end, middle, kind == "病")):
+            continue
+        present[sign] = text[start:end]
+    return Findings(present, frozenset(reader.marks))
+
+
+class _Reader:
+    """Decides from the marks around it whether a sign is there now."""
+
+    def __init__(self, text: str, cues: Iterable[Hit]) -> None:
+        self.text = text
+        self.marks: dict[str, list[tuple[int, int]]] = {}
+        for hit in cues:
+            for role, name in hit.roles:
+                if role == "cue":
+                    self.marks.setdefault(name, []).append((hit.start, hit.end))
+
+    def holds(self, start: int, end: int, middle: int, is_disease: bool) -> bool:
+        """Whether the sign at [start, end) is present; `middle` is where the second word of a pair starts."""
+        if not self.marks:
+            return not is_disease
+        sentence = self._back_to(start, STRONG_STOPS)
+        clause = self._back_to(start, CLAUSE_STOPS)
+        if self._denied(clause, start, end, middle) or self._past(sentence, start, end):
+            return False
+        if self._any("假设句", sentence, start) or self._any("转述", sentence, start):
+            return False
+        if self._any("可能", max(clause, start - 12), start) and not self._any("急性", sentence, end):
+            return False
+        return not is_disease or self._any("急性", max(0, start - 30), min(len(self.text), end + 30))
+
+    def _denied(self, clause: int, start: int, end: int, middle: int) -> bool:
+        for s, e in self.marks.get("否定", ()):
+            if clause <= s and e <= start and start - e <= NEGATION_REACH and not self._any("转折", e, start):
+                return True
+            if start < s and e <= middle:
+                return True
+        for s, e in self.marks.get("否定短", ()):
+            if (clause <= s and e <= start and start - e <= SHORT_NEGATION_REACH) or (start < s and e == middle):
+                return True
+        return any(end <= s <= end + 2 for s, _ in self.marks.get("后否定", ()))
+
+    def _past(self, sentence: int, start: int, end: int) -> bool:
+        healed = self.marks.get("痊愈", ())
+        if any(s >= end for s, _ in healed) and not self._any("现在", max((s for s, _ in healed), default=0), 10**9):
+            if any(s - end < 40 for s, _ in healed):
+                return True
+        past = [e for s, e in self.marks.get("过去", ()) if sentence <= s and e <= start + 1]
+        return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
+
+    def _any(self, name: str, start: int, end: int) -> bool:
+        return any(start <= s and e <= end for s, e in self.marks.get(name, ()))
+
+    def _back_to(self, position: int, stops: frozenset[str]) -> int:
+        while position and self.text[position - 1] not in stops:
+            position -= 1
+        return position
+
+
+class _Tables:
+    """The words of both tables as automata."""
+
+    def __init__(self) -> None:
+        import ahocorasick
+
+        self.words: dict[str, set[tuple[str, str]]] = {}
+        self.kinds: dict[str, str] = {}
+        self.pairs: dict[str, dict[str, set[str]]] = {}  # right group → left group → signs
+        self._read()
+        self.written, self.spoken = ahocorasick.Automaton(), ahocorasick.Automaton()
+        self.sounds = _sounds()
+        by_sound: dict[str, set[tuple[str, str]]] = {}
+        for word, roles in self.words.items():
+            self.written.add_word(word, (len(word), tuple(sorted(roles))))
+            signs = {role for role in roles if role[0] == "sign"}
+            if len(word) >= SOUND_LENGTH and signs and all("一" <= c <= "鿿" for c in word):
+                by_sound.setdefault(word.translate(self.sounds), set()).update(signs)
+        for sound, roles in by_sound.items():
+            self.spoken.add_word(sound, (len(sound), tuple(sorted(roles))))
+        self.written.make_automaton()
+        self.spoken.make_automaton()
+
+    def hits(self, text: str) -> list[Hit]:
+        """Every word of the tables in the text, by its start; none that lies inside of a neutral phrase."""
+        found = [
+            Hit(end + 1 - length, end + 1, roles, text[end + 1 - length : end + 1])
+            for end, (length, roles) in self.written.iter(text)
+        ]
+        neutral = [hit for hit in found if ("cue", "中性") in hit.roles]
+        if neutral:
+            found = [hit for hit in found if not _swallowed(hit, neutral)]
+        if not text.isascii():
+            written = {(hit.start, hit.end) for hit in found}
+            for end, (length, roles) in self.spoken.iter(text.translate(self.sounds)):
+                if (end + 1 - length, end + 1) not in written:
+                    found.append(Hit(end + 1 - length, end + 1, roles))
+        found = _without_cut_signs(found)
+        # A denial inside of a sign's own word (没有意识) denies nothing.
+        spans = [(hit.start, hit.end) for hit in found if hit.roles[0][0] == "sign" or hit.roles[-1][0] == "sign"]
+        found = [
+            hit
+            for hit in found
+            if hit.roles[0] not in _DENIALS or not any(s <= hit.start and hit.end <= e for s, e in spans)
+        ]
+        found.sort(key=lambda hit: (hit.start, hit.end))
+        return found
+
+    def signs(self, text: str, hits: list[Hit]) -> Iterable[tuple[str, str, int, int, int]]:
+        """(sign, kind, start, end, start of the second word) for single words and pairs."""
+        for i, hit in enumerate(hits):
+            for role, name in hit.roles:
+                if role == "sign":
+                    yield name, self.kinds[name], hit.start, hit.end, hit.start
+                elif role == "group" and name in self.pairs:
+                    yield from self._pairs_ending(text, hits, i, name)
+
+    def _pairs_ending(self, text: str, hits: list[Hit], i: int, right: str):
+        end = hits[i]
+        wanted = self.pairs[right]
+        for j in range(i - 1, -1, -1):
+            first = hits[j]
+            if end.start - first.end > PAIR_GAP + 6:
+                return
+            if first.end > end.start or end.start - first.end > PAIR_GAP:
+                continue
+            if not STRONG_STOPS.isdisjoint(text[first.end : end.start]):
+                return
+            body = False
+            for role, name in first.roles:
+                if role == "group":
+                    body |= name.startswith("@@")
+                    for sign in wanted.get(name, ()):
+                        yield sign, self.kinds[sign], first.start, end.end, end.start
+            if body:
+                return
+
+    def _read(self) -> None:
+        with (TABLES / "cues.csv").open(encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                for word in row["词语"].split():
+                    self._add(word, ("cue", row["语言标记"]))
+        with (TABLES / "signs.csv").open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            name = row["征象"]
+            if name.startswith("@"):
+                for word in row["词语"].split():
+                    self._add(word, ("group", name))
+                continue
+            self.kinds[name] = "境" if "境" in row["类"] else row["类"]
+            for word in row["词语"].split():
+                left, is_pair, right = word.partition("~")
+                if is_pair:
+                    self.pairs.setdefault(self._group(right), {}).setdefault(self._group(left), set()).add(name)
+                else:
+                    self._add(word, ("sign", name))
+
+    def _group(self, word: str) -> str:
+        if not word.startswith("@"):
+            self._add(word, ("group", f"={word}"))
+            return f"={word}"
+        return word
+
+    def _add(self, word: str, role: tuple[str, str]) -> None:
+        self.words.setdefault(word.replace("_", " ").lower(), set()).add(role)
+
+
+_DENYING = frozenset("没不无")
+_DENIALS = {("cue", "否定"), ("cue", "否定短")}
+
+
+def _without_cut_signs(found: list[Hit]) -> list[Hit]:
+    """Drop 没有呼吸 where the text goes on to 没有呼吸困难: the longer sign begins inside of it."""
+    if not any(hit.roles[-1][0] == "sign" for hit in found):
+        return found
+    signs = [hit for hit in found if hit.roles[-1][0] == "sign"]
+    cut = {
+        (hit.start, hit.end)
+        for hit in signs
+        for other in signs
+        if hit.start < other.start < hit.end < other.end and _DENYING.intersection(hit.text)
+    }
+    return [hit for hit in found if (hit.start, hit.end) not in cut] if cut else found
+
+
+def _swallowed(hit: Hit, neutral: list[Hit]) -> bool:
+    return any(n.start <= hit.start and hit.end <= n.end and (n.start, n.end) != (hit.start, hit.end) for n in neutral)
+
+
+@functools.cache
+def _tables() -> _Tables:
+    return _Tables()
+
+
+def _sounds() -> dict[int, Any]:
+    """One private character a syllable without tone, z/zh, c/ch, s/sh and n/ng at the end taken as one."""
+    from pypinyin import Style, lazy_pinyin
+
+    codes: dict[str, int] = {}
+    table = {}
+    for code in range(0x4E00, 0x9FA6):
+        syllable = lazy_pinyin(chr(code), style=Style.NORMAL)[0]
+        for long, short in (("zh", "z"), ("ch", "c"), ("sh", "s")):
+            if syllable.startswith(long):
+                syllable = short + syllable[2:]
+        if syllable.endswith(("ing", "eng")):
+            syllable = syllable[:-1]
+        table[code] = codes.setdefault(syllable, 0xE000 + len(codes))
+    return table
