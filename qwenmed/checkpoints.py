@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import files
+from qwenmed import chat, files
 from qwenmed.errors import UserError
 from qwenmed.hub import missing_model_files
 
@@ -153,11 +153,12 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"分词器无法读取：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
     if not tokenizer.chat_template:
         raise UserError("分词器没有对话模板", path, "请使用 Qwen3 自带的分词器")
+    chat.guard_control_tokens(tokenizer)
     return tokenizer
 
 
@@ -184,6 +185,7 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
