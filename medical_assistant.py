@@ -14,14 +14,13 @@
 import argparse
 import contextlib
 import datetime
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import cli, files, triage
+from qwenmed import cli, controls, files, triage
 from qwenmed.batch import AssistantReply, Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
@@ -228,11 +227,11 @@ def check_question(question: object) -> str:
     """The question without blanks around it.
 
     Raises:
-        UserError: it is no text, or empty.
+        UserError: it is no text, empty, or can't be encoded.
     """
     if not isinstance(question, str) or not question.strip():
         raise UserError("问题是空的", None, "请写出想问的内容")
-    return question.strip()
+    return files.check_encodable(question, "问题").strip()
 
 
 def check_scenario(scenario: str) -> None:
@@ -251,6 +250,8 @@ def main() -> int:
     args = parse_args()
     if args.scenario:
         check_scenario(args.scenario)
+    if args.question == "-":
+        args.question = cli.read_stdin("问题")
     if args.question is not None:
         check_question(args.question)
     assistant = MedicalAssistant(args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed)
@@ -265,7 +266,7 @@ def parse_args() -> argparse.Namespace:
     """The options."""
     parser = cli.build_parser("medical_assistant.py", __doc__)
     ask = parser.add_argument_group("提问（都不给时进入交互模式）")
-    ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题")
+    ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题；- 从标准输入读取，命令行里就看不到它")
     ask.add_argument("-b", "--batch", type=Path, metavar="FILE", help="批量：JSON 列表、JSONL 或 CSV")
     ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
     scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
@@ -303,7 +304,7 @@ def answer_one(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     if args.json:
         for _ in pieces:
             pass
-        print(json.dumps(assistant.last_reply.as_row(), ensure_ascii=False))
+        print(controls.json_line(assistant.last_reply.as_row()))
     else:
         from qwenmed import terminal
 
@@ -325,7 +326,7 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(terminal.batch_progress(len(requests)))
         out = stack.enter_context(files.growing_file(args.output)) if args.output else sys.stdout
-        as_line = as_text if not (args.output or args.json) else lambda row: json.dumps(row, ensure_ascii=False)
+        as_line = controls.json_line if args.output or args.json else as_text
         for row in assistant.batch(requests):
             failed += "error" in row
             print(as_line(row), file=out, flush=True)
@@ -339,7 +340,8 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
 def as_text(row: dict[str, Any]) -> str:
     """A batch row for a reader."""
     head = f"—— {row['id']}. [{MEDICAL_SCENARIOS.get(row['scenario'], row['scenario'])}] {row['question']}"
-    return f"{head}\n错误：{row['error']}\n" if "error" in row else f"{head}\n{row['answer']}\n"
+    body = f"错误：{row['error']}" if "error" in row else row["answer"]
+    return controls.printable(f"{head}\n{body}\n")
 
 
 def converse(assistant: MedicalAssistant, args: argparse.Namespace) -> int:

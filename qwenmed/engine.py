@@ -117,7 +117,10 @@ class TransformersEngine:
             finally:
                 generated_ids.put(None)
 
-        text, parser = chat.TokenText(self._tokenizer), chat.ReplyParser(self._tokenizer, self._tokenizer.decode(prompt))
+        text, parser = (
+            chat.TokenText(self._tokenizer),
+            chat.ReplyParser(self._tokenizer, self._tokenizer.decode(prompt)),
+        )
         started = time.perf_counter()
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
