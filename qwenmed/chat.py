@@ -84,7 +84,17 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[
     # Told that there is no thinking, the template keeps an earlier answer whole; else it would drop what
     # stands before a `</think>` in its text.
     told = [{"reasoning_content": "", **each} if each["role"] == "assistant" else each for each in messages]
-    return tokenizer.apply_chat_template(told, add_generation_prompt=True, **SANITIZE)["input_ids"]
+    return _render(tokenizer, told, add_generation_prompt=True)
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], **options: Any) -> list[int]:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, **SANITIZE, **options)["input_ids"]
+    except (jinja2.TemplateError, ArithmeticError) as error:  # a template is a program, run in jinja's sandbox
+        where = getattr(tokenizer, "name_or_path", None)
+        raise UserError(f"对话模板出错：{error}", where, "请使用 Qwen3 自带的对话模板") from error
 
 
 def render_sample(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -94,7 +104,7 @@ def render_sample(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> 
     lengths and to look at the mask.
     """
     prompt = render_prompt(tokenizer, row["prompt"])
-    ids = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **SANITIZE)["input_ids"]
+    ids = _render(tokenizer, [*row["prompt"], *row["completion"]])
     if ids[: len(prompt)] != prompt:
         raise UserError(
             "对话模板渲染的训练文本与推理提示不一致",

@@ -83,8 +83,7 @@ def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
         base = _adapter_base(path, base_model)
     else:
         base = None
-        if missing := missing_model_files(path):
-            raise UserError(f"检查点不完整，缺少 {'、'.join(missing)}", path, "请换一个检查点，或重新训练/下载")
+        check_weights(path)
     config = files.read_json((base or path) / "config.json")
     notice = config.get("notice", "") if isinstance(config, dict) else ""
     return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
@@ -116,7 +115,8 @@ def run_checkpoint(run: Path, which: str) -> Path:
     finished = finished_checkpoints(run)
     if not finished:
         raise UserError("这个训练目录里没有完整的检查点", run, "训练可能在第一次保存前中断；请重新训练")
-    if which == "latest" or _card(finished[-1]).get("settings", {}).get("best_by") == "last":
+    trained_with = _card(finished[-1]).get("settings")
+    if which == "latest" or (isinstance(trained_with, dict) and trained_with.get("best_by") == "last"):
         return finished[-1]
     scored = [(loss, path) for path in finished if (loss := _eval_loss(path)) is not None]
     return min(scored, key=lambda pair: pair[0])[1] if scored else finished[-1]
@@ -137,6 +137,21 @@ def is_run_folder(path: Path) -> bool:
     """Whether a folder is a run's output folder rather than a model."""
     has_model = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
     return not has_model and any(path.glob("checkpoint-*"))
+
+
+def check_weights(path: Path) -> None:
+    """Make sure that a checkpoint has its weights as safetensors; a pickle, which can run code, is never read.
+
+    Raises:
+        UserError: they are missing, or there as a pickle only; the message says how to convert it.
+    """
+    if not (path / ADAPTER_CONFIG).is_file():
+        if missing := missing_model_files(path):
+            raise UserError(f"检查点不完整，缺少 {'、'.join(missing)}", path, "请换一个检查点，或重新训练/下载")
+    elif not (path / ADAPTER_WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        how = "只有 adapter_model.bin：pickle 能执行代码，不载入；转换方法见 SECURITY.md"
+        raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, how if pickled else "请换一个检查点，或重新训练")
 
 
 def write_card(path: Path, card: dict[str, Any]) -> None:
@@ -238,11 +253,10 @@ def merge_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
 
 
 def _adapter_base(path: Path, base_model: Path | None) -> Path:
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        remedy = "出于安全只载入 safetensors，请先转换" if pickled else "请换一个检查点，或重新训练"
-        raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, remedy)
-    recorded = files.read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    check_weights(path)
+    config = files.read_json(path / ADAPTER_CONFIG)
+    recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    recorded = recorded if isinstance(recorded, str) else ""
     candidates = [base_model] if base_model else [Path(recorded), path.parent.parent.parent / recorded]
     base = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
     if base is None:
@@ -276,11 +290,12 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any] | None:
 
 def _eval_loss(checkpoint: Path) -> float | None:
     """The validation loss measured at the checkpoint's own step."""
-    history = (_trainer_state(checkpoint) or {}).get("log_history", [])
-    return next(
-        (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry.get("step") == _step(checkpoint)),
-        None,
-    )
+    history = (_trainer_state(checkpoint) or {}).get("log_history")
+    for entry in history if isinstance(history, list) else []:
+        loss = entry.get("eval_loss") if isinstance(entry, dict) else None
+        if isinstance(loss, (int, float)) and entry.get("step") == _step(checkpoint):
+            return loss
+    return None
 
 
 def _step(checkpoint: Path) -> int:
