@@ -196,6 +196,40 @@ def test_link_in_the_place_of_the_download_folder_is_refused(tmp_path):
         pytest.fail("went on")
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"added_tokens": 0}),
+        ("tokenizer.json", {"normalizer": "x"}),
+        ("tokenizer_config.json", {"chat_template": None}),
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"rope_parameters": []}),
+    ],
+)
+def test_model_file_of_the_wrong_shape_is_a_user_error(demo_model, tmp_path, name, change):
+    import torch
+
+    model = shutil.copytree(demo_model, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    content = json.loads((model / name).read_text(encoding="utf-8"))
+    (model / name).write_text(json.dumps(content | change), encoding="utf-8")
+    load = (
+        checkpoints.load_tokenizer if "tokenizer" in name else lambda path: checkpoints.load_base(path, torch.float32)
+    )
+    with pytest.raises(UserError, match="model"):
+        load(model)
+
+
+@pytest.mark.parametrize("change", [{"r": "x"}, {"rank_pattern": None}, {"peft_type": {}}, {"target_modules": True}])
+def test_adapter_config_of_the_wrong_shape_is_a_user_error(adapter, demo_model, change):
+    import torch
+
+    path = adapter / checkpoints.ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match="--base-model"):
+        checkpoints.load(checkpoints.find(str(adapter), base_model=demo_model), torch.float32)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["..", "/", "\0"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
