@@ -13,6 +13,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import cli, controls, files, triage
+from qwenmed import cli, controls, files, redact, triage
 from qwenmed.batch import AssistantReply, Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
@@ -43,6 +44,7 @@ class MedicalAssistant:
         base_model: where a LoRA adapter's base model lies now, if it has moved.
         device: "auto", "cuda", "mps" or "cpu".
         seed: fixes sampling.
+        redact: mask phone, identity-card and e-mail in questions, for the model and for what is saved.
 
     Attributes:
         last_reply: the newest AssistantReply, thinking included; None before the first.
@@ -56,11 +58,13 @@ class MedicalAssistant:
         base_model: str | Path | None = None,
         device: str = "auto",
         seed: int | None = None,
+        redact: bool = False,
     ) -> None:
         self.checkpoint_path = str(checkpoint_path)
         self.base_model = Path(base_model) if base_model else None
         self.device = device
         self.seed = seed
+        self.redact = redact
         self.history: list[AssistantReply] = []
         self.last_reply: AssistantReply | None = None
         self._engine = None
@@ -106,7 +110,7 @@ class MedicalAssistant:
         Raises:
             UserError: as `ask_question`.
         """
-        question = check_question(question)
+        question = self._redacted(check_question(question))
         check_scenario(scenario_type)
         if max_tokens < 1:
             raise UserError(f"max_tokens 应为正整数，而不是 {max_tokens}")
@@ -143,7 +147,7 @@ class MedicalAssistant:
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Request):
                 row = parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
-            window.append(row)
+            window.append(dataclasses.replace(row, question=self._redacted(row.question)))
             if len(window) == BATCH_WINDOW:
                 yield from self._answer_window(window)
                 window = []
@@ -165,6 +169,9 @@ class MedicalAssistant:
         turns = [reply.as_row() for reply in self.history]
         files.write_json(path, {"disclaimer": triage.DISCLAIMER, "turns": turns}, private=True)
         return path
+
+    def _redacted(self, question: str) -> str:
+        return redact.redact(question).text if self.redact else question
 
     def _messages(self, question: str, scenario: str, max_tokens: int) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
@@ -254,7 +261,9 @@ def main() -> int:
         args.question = cli.read_stdin("问题")
     if args.question is not None:
         check_question(args.question)
-    assistant = MedicalAssistant(args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed)
+    assistant = MedicalAssistant(
+        args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed, redact=args.redact
+    )
     if args.batch:
         return answer_batch(assistant, args)
     if args.question is not None:
@@ -271,6 +280,11 @@ def parse_args() -> argparse.Namespace:
     ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
     scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
     ask.add_argument("-s", "--scenario", metavar="ID", help=f"场景（默认 diagnosis）：{scenarios}")
+    ask.add_argument(
+        "--redact",
+        action="store_true",
+        help="遮住问题里的手机号、固定电话、身份证号和邮箱；模型和保存的文件只见到遮住的",
+    )
     model = parser.add_argument_group("模型")
     model.add_argument(
         "-c", "--checkpoint", default="best", metavar="DIR|latest|best", help="检查点；best、latest 取最近一次训练的"
