@@ -71,11 +71,13 @@ class Redacted:
 def redact(text: str) -> Redacted:
     """Mask what is recognised; redacting twice changes nothing more."""
     narrow = text.translate(_NARROW)
-    found = [*_addresses(narrow), *_numbers(narrow)]
+    found = list(_addresses(narrow))
+    rest = list(narrow)
+    for start, stop, _ in found:  # the digits of an address are no number
+        rest[start:stop] = "@" * (stop - start)
+    found += _numbers("".join(rest))
     pieces, counts, end = [], Counter(), 0
-    for start, stop, kind in sorted(found, key=lambda place: (place[0], -place[1])):
-        if start < end:  # digits inside of an address
-            continue
+    for start, stop, kind in sorted(found):
         pieces += [text[end:start], f"[{kind}]"]
         counts[kind] += 1
         end = stop
@@ -104,13 +106,15 @@ def is_identity_number(number: str) -> bool:
 
 
 def _addresses(text: str):
+    end = 0
     for sign in re.finditer("@", text):
-        start = sign.start()
-        while start > 0 and sign.start() - start < _LONGEST_LOCAL_PART and text[start - 1] in _LOCAL_PART:
+        start, first = sign.start(), max(end, sign.start() - _LONGEST_LOCAL_PART)
+        while start > first and text[start - 1] in _LOCAL_PART:
             start -= 1
         domain = _DOMAIN.match(text, sign.end())
         if start < sign.start() and domain:
-            yield start, domain.end(), EMAIL
+            end = domain.end()
+            yield start, end, EMAIL
 
 
 def _numbers(text: str):

@@ -120,6 +120,12 @@ def test_redacting_any_text_twice_is_redacting_it_once(text):
     assert bool(once.counts) == (once.text != text)
 
 
+@pytest.mark.parametrize("text", ["a.b@a.b.@c.cn", "a@b.cn138 1234 5678", "138 1234 5678@163.com", "a@b.cn@c.cn@"])
+def test_numbers_that_touch_each_other_leave_nothing_for_a_second_time(text):
+    once = redact(text)
+    assert once.counts and redact(once.text).text == once.text
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.from_regex(r"\A[1-9][0-9]{16}\Z"), st.integers(0, 9))
 def test_checksum_decides_where_the_birth_date_is_impossible(body, month):
@@ -130,9 +136,11 @@ def test_checksum_decides_where_the_birth_date_is_impossible(body, month):
     assert redact(wrong).text == wrong
 
 
-@pytest.mark.parametrize("unit", ["1", "1 ", "a", "a@", "138-", "86 ", "(", "@", "11010519491231002 ", "3-4 "])
+@pytest.mark.parametrize(
+    "unit", ["1", "1 ", "a", "a@", "a@b.cn ", "138-", "86 ", "(", "@", "11010519491231002 ", "3-4 "]
+)
 def test_time_is_linear(unit):
-    text = unit * (500_000 // len(unit))
+    text = unit * (200_000 // len(unit))
 
     def seconds(text):
         started = time.perf_counter()
