@@ -1,13 +1,16 @@
 # make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 3 分钟）
 # make test   全部测试
 # make lint   代码检查
+# make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
+# make lock   重新生成 requirements.lock（带哈希）
+# make audit  用公开的漏洞库检查 requirements.lock
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -51,5 +54,35 @@ lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+FUZZ_SECONDS ?= 60
+
+fuzz: $(VENV)/.ready-dev
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	mkdir -p .fuzz
+	set -e; for target in reply record row settings masking; do \
+	  echo "== $$target =="; \
+	  cd $(ROOT)/.fuzz && $(PY) $(ROOT)/tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) -max_len=400 -verbosity=0 -print_final_stats=1; \
+	done
+
+# 锁定和审计的工具装在自己的环境里，不影响项目的依赖。
+TOOLS := .venv-tools
+
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	touch $@
+
+lock: $(TOOLS)/.ready
+	cp requirements.lock .requirements.lock.new
+	$(TOOLS)/bin/uv pip compile requirements.txt --quiet --generate-hashes --no-header --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --default-index https://pypi.org/simple -o .requirements.lock.new
+	(sed '/^[^#]/,$$d' requirements.lock; sed '/^#/d' .requirements.lock.new) > .requirements.lock.whole
+	mv .requirements.lock.whole requirements.lock && rm .requirements.lock.new
+
+# --strict：漏洞库查不到的包算失败，而不是悄悄跳过。
+audit: $(TOOLS)/.ready
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
 clean:
+	rm -rf $(TOOLS) .fuzz
 	rm -rf $(VENV) demo_run .pytest_cache .ruff_cache .hypothesis .cache

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
-from qwenmed import chat, checkpoints, cli, demo, files, hub, records
+from qwenmed import chat, checkpoints, cli, demo, files, hub, records, redact
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
 
@@ -29,6 +29,8 @@ def main() -> int:
     output_dir = files.check_writable(args.output_dir)
     source = locate(args.source)
     found, invalid = records.read_records(source)
+    if args.redact:
+        found = mask_personal(found)
     unique, duplicates = records.drop_duplicates(found)
     report_problems(invalid, duplicates)
     if not unique:
@@ -45,6 +47,9 @@ def parse_args():
     source = parser.add_argument_group("来源")
     source.add_argument(
         "--source", default="modelscope", metavar="WHERE", help="modelscope、huggingface、demo，或本地文件/目录"
+    )
+    source.add_argument(
+        "--redact", action="store_true", help="遮住记录里的手机号、固定电话、身份证号和邮箱，并报告个数"
     )
     output = parser.add_argument_group("划分与输出")
     output.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="写到哪个目录")
@@ -78,6 +83,15 @@ def locate(source: str) -> Path:
             None, source=source, local_dir=Path("downloads") / "delicate_medical_r1_data", say=cli.note
         )
     return Path(source)
+
+
+def mask_personal(found: Sequence[Record]) -> list[Record]:
+    """The records with phone, identity-card and e-mail masked in every text; says how many there were."""
+    counts = Counter()
+    masked = [records.parse_row(redact.redact_row(record.row, counts), record.place) for record in found]
+    listed = "，".join(f"{kind} {number}" for kind, number in counts.items()) or "没有发现"
+    cli.note(f"遮住个人信息：{listed}")
+    return masked
 
 
 def report_problems(invalid: Sequence[Problem], duplicates: Sequence[Problem]) -> None:

@@ -8,13 +8,12 @@
 基础模型、全参数检查点和 LoRA 适配器由目录内容自动区分；基础模型搬过家时用 --base-model 指出新位置。
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from prompts import GENERAL_PROMPT
-from qwenmed import chat, checkpoints, cli, hardware
+from qwenmed import chat, checkpoints, cli, controls, files, hardware
 from qwenmed.errors import UserError
 
 
@@ -22,6 +21,7 @@ def main() -> None:
     """Find the checkpoint, load it, answer."""
     args = parse_args()
     question = read_question(args.question)
+    files.check_encodable(args.system, "--system ")
     checkpoint = checkpoints.find(args.checkpoint, base_model=args.base_model)
     device = hardware.pick_device(args.device)
     cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}")
@@ -32,7 +32,9 @@ def main() -> None:
 def parse_args():
     """The command line."""
     parser = cli.build_parser("inference.py", __doc__, "[问题] [选项]")
-    parser.general.add_argument("question", nargs="?", metavar="QUESTION", help="问题；不给时从管道读取，或当场询问")
+    parser.general.add_argument(
+        "question", nargs="?", metavar="QUESTION", help="问题；- 或不给时从管道读取，或当场询问"
+    )
     model = parser.add_argument_group("模型")
     model.add_argument(
         "-c",
@@ -57,17 +59,17 @@ def read_question(given: str | None) -> str:
     """The question from the command line, a pipe, or a prompt.
 
     Raises:
-        UserError: it is empty.
+        UserError: it is empty, or can't be encoded.
     """
     question = given
-    if question is None and sys.stdin is not None and not sys.stdin.isatty():
-        question = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
+    if question == "-" or (question is None and sys.stdin is not None and not sys.stdin.isatty()):
+        question = cli.read_stdin("问题")
     elif question is None:
         print("请输入问题：", end="", file=sys.stderr, flush=True)
         question = sys.stdin.readline() if sys.stdin else ""
     if not question or not question.strip():
         raise UserError("问题是空的", None, '例如 python inference.py "高血压患者饮食要注意什么？"')
-    return question.strip()
+    return files.check_encodable(question, "问题").strip()
 
 
 def load_engine(checkpoint: checkpoints.Checkpoint, device, seed: int | None):
@@ -89,9 +91,9 @@ def answer(engine, checkpoint: checkpoints.Checkpoint, question: str, args) -> N
             if event.kind != shown:
                 print({"thinking": "【思考】", "answer": "\n\n【回答】" if shown else "【回答】"}[event.kind])
                 shown = event.kind
-            print(event.text, end="", flush=True)
+            print(controls.printable(event.text), end="", flush=True)
     if args.json:
-        print(json.dumps(as_json(question, event, checkpoint, time.perf_counter() - started), ensure_ascii=False))
+        print(controls.json_line(as_json(question, event, checkpoint, time.perf_counter() - started)))
         return
     print()
     if event.finish_reason == "length":

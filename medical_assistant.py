@@ -13,15 +13,15 @@
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import cli, files, triage
+from qwenmed import cli, controls, files, redact, triage
 from qwenmed.batch import AssistantReply, Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
@@ -44,6 +44,7 @@ class MedicalAssistant:
         base_model: where a LoRA adapter's base model lies now, if it has moved.
         device: "auto", "cuda", "mps" or "cpu".
         seed: fixes sampling.
+        redact: mask phone, identity-card and e-mail in questions, for the model and for what is saved.
 
     Attributes:
         last_reply: the newest AssistantReply, thinking included; None before the first.
@@ -57,11 +58,13 @@ class MedicalAssistant:
         base_model: str | Path | None = None,
         device: str = "auto",
         seed: int | None = None,
+        redact: bool = False,
     ) -> None:
         self.checkpoint_path = str(checkpoint_path)
         self.base_model = Path(base_model) if base_model else None
         self.device = device
         self.seed = seed
+        self.redact = redact
         self.history: list[AssistantReply] = []
         self.last_reply: AssistantReply | None = None
         self._engine = None
@@ -107,7 +110,7 @@ class MedicalAssistant:
         Raises:
             UserError: as `ask_question`.
         """
-        question = check_question(question)
+        question = self._redacted(check_question(question))
         check_scenario(scenario_type)
         if max_tokens < 1:
             raise UserError(f"max_tokens 应为正整数，而不是 {max_tokens}")
@@ -144,7 +147,7 @@ class MedicalAssistant:
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Request):
                 row = parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
-            window.append(row)
+            window.append(dataclasses.replace(row, question=self._redacted(row.question)))
             if len(window) == BATCH_WINDOW:
                 yield from self._answer_window(window)
                 window = []
@@ -166,6 +169,9 @@ class MedicalAssistant:
         turns = [reply.as_row() for reply in self.history]
         files.write_json(path, {"disclaimer": triage.DISCLAIMER, "turns": turns}, private=True)
         return path
+
+    def _redacted(self, question: str) -> str:
+        return redact.redact(question).text if self.redact else question
 
     def _messages(self, question: str, scenario: str, max_tokens: int) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
@@ -228,11 +234,11 @@ def check_question(question: object) -> str:
     """The question without blanks around it.
 
     Raises:
-        UserError: it is no text, or empty.
+        UserError: it is no text, empty, or can't be encoded.
     """
     if not isinstance(question, str) or not question.strip():
         raise UserError("问题是空的", None, "请写出想问的内容")
-    return question.strip()
+    return files.check_encodable(question, "问题").strip()
 
 
 def check_scenario(scenario: str) -> None:
@@ -251,9 +257,13 @@ def main() -> int:
     args = parse_args()
     if args.scenario:
         check_scenario(args.scenario)
+    if args.question == "-":
+        args.question = cli.read_stdin("问题")
     if args.question is not None:
         check_question(args.question)
-    assistant = MedicalAssistant(args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed)
+    assistant = MedicalAssistant(
+        args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed, redact=args.redact
+    )
     if args.batch:
         return answer_batch(assistant, args)
     if args.question is not None:
@@ -265,11 +275,16 @@ def parse_args() -> argparse.Namespace:
     """The options."""
     parser = cli.build_parser("medical_assistant.py", __doc__)
     ask = parser.add_argument_group("提问（都不给时进入交互模式）")
-    ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题")
+    ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题；- 从标准输入读取，命令行里就看不到它")
     ask.add_argument("-b", "--batch", type=Path, metavar="FILE", help="批量：JSON 列表、JSONL 或 CSV")
     ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
     scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
     ask.add_argument("-s", "--scenario", metavar="ID", help=f"场景（默认 diagnosis）：{scenarios}")
+    ask.add_argument(
+        "--redact",
+        action="store_true",
+        help="遮住问题里的手机号、固定电话、身份证号和邮箱；模型和保存的文件只见到遮住的",
+    )
     model = parser.add_argument_group("模型")
     model.add_argument(
         "-c", "--checkpoint", default="best", metavar="DIR|latest|best", help="检查点；best、latest 取最近一次训练的"
@@ -303,7 +318,7 @@ def answer_one(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     if args.json:
         for _ in pieces:
             pass
-        print(json.dumps(assistant.last_reply.as_row(), ensure_ascii=False))
+        print(controls.json_line(assistant.last_reply.as_row()))
     else:
         from qwenmed import terminal
 
@@ -325,7 +340,7 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(terminal.batch_progress(len(requests)))
         out = stack.enter_context(files.growing_file(args.output)) if args.output else sys.stdout
-        as_line = as_text if not (args.output or args.json) else lambda row: json.dumps(row, ensure_ascii=False)
+        as_line = controls.json_line if args.output or args.json else as_text
         for row in assistant.batch(requests):
             failed += "error" in row
             print(as_line(row), file=out, flush=True)
@@ -339,7 +354,8 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
 def as_text(row: dict[str, Any]) -> str:
     """A batch row for a reader."""
     head = f"—— {row['id']}. [{MEDICAL_SCENARIOS.get(row['scenario'], row['scenario'])}] {row['question']}"
-    return f"{head}\n错误：{row['error']}\n" if "error" in row else f"{head}\n{row['answer']}\n"
+    body = f"错误：{row['error']}" if "error" in row else row["answer"]
+    return controls.printable(f"{head}\n{body}\n")
 
 
 def converse(assistant: MedicalAssistant, args: argparse.Namespace) -> int:

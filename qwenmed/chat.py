@@ -6,6 +6,7 @@ inference the same prompt is rendered and the model writes the rest.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,12 @@ RESPONSE_TEMPLATE = {
 THINK_START, THINK_END = "<think>", "</think>"
 END_OF_TURN = "<|im_end|>"
 
-# Text of users and data sets never becomes a control token: apply_chat_template(…, **SANITIZE).
+# Text of users and data sets never becomes a control token: apply_chat_template(…, **SANITIZE), with a
+# tokenizer that `guard_control_tokens` has prepared.
 SANITIZE = {"sanitize_control_tokens": True}
+
+# Stands for a "<" that the model wrote as text: no tag can be read where one stands. Nobody types it.
+WRITTEN_LESS_THAN = "\U000f003c"
 
 # A shortened thinking keeps its beginning and end; in between stands this.
 ELLIPSIS = "\n……\n"
@@ -66,9 +71,30 @@ def training_row(record: Record, system: str) -> dict[str, Any]:
     }
 
 
+def guard_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let SANITIZE cover every added token; by itself it leaves out those that the template doesn't write.
+
+    Qwen3 has six such: `<|fim_prefix|>`, `<|repo_name|>`, `<|file_sep|>` and the like.
+    """
+    tokenizer.chat_control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+
+
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of the prompt, up to and including `<|im_start|>assistant\\n`."""
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **SANITIZE)["input_ids"]
+    # Told that there is no thinking, the template keeps an earlier answer whole; else it would drop what
+    # stands before a `</think>` in its text.
+    told = [{"reasoning_content": "", **each} if each["role"] == "assistant" else each for each in messages]
+    return _render(tokenizer, told, add_generation_prompt=True)
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], **options: Any) -> list[int]:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, **SANITIZE, **options)["input_ids"]
+    except (jinja2.TemplateError, ArithmeticError) as error:  # a template is a program, run in jinja's sandbox
+        where = getattr(tokenizer, "name_or_path", None)
+        raise UserError(f"对话模板出错：{error}", where, "请使用 Qwen3 自带的对话模板") from error
 
 
 def render_sample(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -78,7 +104,7 @@ def render_sample(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> 
     lengths and to look at the mask.
     """
     prompt = render_prompt(tokenizer, row["prompt"])
-    ids = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **SANITIZE)["input_ids"]
+    ids = _render(tokenizer, [*row["prompt"], *row["completion"]])
     if ids[: len(prompt)] != prompt:
         raise UserError(
             "对话模板渲染的训练文本与推理提示不一致",
@@ -174,12 +200,48 @@ def parse_reply(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str) ->
 
     Args:
         prompt: the rendered prompt that the text continues.
-        text: what was generated, decoded without special tokens (the think tags are none).
+        text: what was generated, by `TokenText` or, where only text is to be had, without special tokens.
     """
     parser = ReplyParser(tokenizer, prompt)
     parser.feed(text)
     parser.close()
     return parser.reply
+
+
+class TokenText:
+    """Turns generated ids into text for `ReplyParser`, piece by piece.
+
+    Only the tokens `<think>` and `</think>` are tags. The same letters written as text – a model that
+    repeats a question which holds them – stay text and move no border.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in (THINK_START, THINK_END)}
+        self._waiting: list[int] = []
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that further ids add; the bytes of half a character wait for the rest."""
+        text = ""
+        for tag, run in itertools.groupby(ids, self._tags.get):
+            if tag:
+                text += self.close() + tag * len(list(run))
+            else:
+                self._waiting += run
+                text += self._decode(final=False)
+        return text
+
+    def close(self) -> str:
+        """What has waited, at the end or before a tag."""
+        return self._decode(final=True)
+
+    def _decode(self, final: bool) -> str:
+        text = self._tokenizer.decode(self._waiting, skip_special_tokens=True)
+        # A character has at most four bytes: what eight tokens don't complete is no character.
+        if text.endswith("\ufffd") and not final and len(self._waiting) < 8:
+            return ""
+        self._waiting = []
+        return text.replace("<", WRITTEN_LESS_THAN)
 
 
 class ReplyParser:
@@ -216,8 +278,8 @@ class ReplyParser:
         if not any(THINK_END in text for text in answers):  # several answer parts, no stray tag: all are answer
             before, answer = [], "\n".join(answers)
         return Reply(
-            thinking="\n".join(part.strip() for part in (*thinking, *before) if part.strip()),
-            answer=answer.strip(),
+            thinking=_plain("\n".join(part.strip() for part in (*thinking, *before) if part.strip())),
+            answer=_plain(answer.strip()),
             thinking_closed=self._text.rfind(THINK_START) <= self._text.rfind(THINK_END),
         )
 
@@ -229,7 +291,7 @@ class ReplyParser:
             elif event["type"] == "region_close":
                 self._parts[event["field"]].append(event["value"])
             elif piece := self._between_blanks(event["text"]):
-                pieces.append(("thinking" if self._region == "reasoning_content" else "answer", piece))
+                pieces.append(("thinking" if self._region == "reasoning_content" else "answer", _plain(piece)))
         return pieces
 
     def _between_blanks(self, text: str) -> str:
@@ -241,3 +303,7 @@ class ReplyParser:
         piece = (self._blanks or "") + body
         self._blanks = text[len(text.rstrip()) :]
         return piece
+
+
+def _plain(text: str) -> str:
+    return text.replace(WRITTEN_LESS_THAN, "<")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import files
+from qwenmed import chat, files
 from qwenmed.errors import UserError
 from qwenmed.hub import missing_model_files
 
@@ -83,8 +83,7 @@ def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
         base = _adapter_base(path, base_model)
     else:
         base = None
-        if missing := missing_model_files(path):
-            raise UserError(f"检查点不完整，缺少 {'、'.join(missing)}", path, "请换一个检查点，或重新训练/下载")
+        check_weights(path)
     config = files.read_json((base or path) / "config.json")
     notice = config.get("notice", "") if isinstance(config, dict) else ""
     return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
@@ -116,7 +115,8 @@ def run_checkpoint(run: Path, which: str) -> Path:
     finished = finished_checkpoints(run)
     if not finished:
         raise UserError("这个训练目录里没有完整的检查点", run, "训练可能在第一次保存前中断；请重新训练")
-    if which == "latest" or _card(finished[-1]).get("settings", {}).get("best_by") == "last":
+    trained_with = _card(finished[-1]).get("settings")
+    if which == "latest" or (isinstance(trained_with, dict) and trained_with.get("best_by") == "last"):
         return finished[-1]
     scored = [(loss, path) for path in finished if (loss := _eval_loss(path)) is not None]
     return min(scored, key=lambda pair: pair[0])[1] if scored else finished[-1]
@@ -139,6 +139,21 @@ def is_run_folder(path: Path) -> bool:
     return not has_model and any(path.glob("checkpoint-*"))
 
 
+def check_weights(path: Path) -> None:
+    """Make sure that a checkpoint has its weights as safetensors; a pickle, which can run code, is never read.
+
+    Raises:
+        UserError: they are missing, or there as a pickle only; the message says how to convert it.
+    """
+    if not (path / ADAPTER_CONFIG).is_file():
+        if missing := missing_model_files(path):
+            raise UserError(f"检查点不完整，缺少 {'、'.join(missing)}", path, "请换一个检查点，或重新训练/下载")
+    elif not (path / ADAPTER_WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        how = "只有 adapter_model.bin：pickle 能执行代码，不载入；转换方法见 SECURITY.md"
+        raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, how if pickled else "请换一个检查点，或重新训练")
+
+
 def write_card(path: Path, card: dict[str, Any]) -> None:
     """Let a checkpoint say of itself how it was made."""
     files.write_json(path / CARD_FILE, card)
@@ -153,11 +168,12 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the libraries raise anything, a bare Exception too, over a file they did not expect
         raise UserError(f"分词器无法读取：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
     if not tokenizer.chat_template:
         raise UserError("分词器没有对话模板", path, "请使用 Qwen3 自带的分词器")
+    chat.guard_control_tokens(tokenizer)
     return tokenizer
 
 
@@ -170,7 +186,6 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
     Raises:
         UserError: files are missing or broken, or a weight is absent, which transformers would make up.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -184,9 +199,10 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as in load_tokenizer
         raise UserError(f"模型无法载入：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
     if absent := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
         what = f"权重与 config.json 不符：{len(absent)} 个张量缺失或形状不对，如 {absent[0]}"
@@ -226,21 +242,19 @@ def merge_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         UserError: the adapter is broken or does not fit the model.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as in load_tokenizer
         remedy = "请用 --base-model 指定训练时所用的基础模型"
         raise UserError(f"LoRA 适配器与基础模型不匹配或已损坏：{_first_line(error)}", adapter, remedy) from error
 
 
 def _adapter_base(path: Path, base_model: Path | None) -> Path:
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        remedy = "出于安全只载入 safetensors，请先转换" if pickled else "请换一个检查点，或重新训练"
-        raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, remedy)
-    recorded = files.read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    check_weights(path)
+    config = files.read_json(path / ADAPTER_CONFIG)
+    recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    recorded = recorded if isinstance(recorded, str) else ""
     candidates = [base_model] if base_model else [Path(recorded), path.parent.parent.parent / recorded]
     base = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
     if base is None:
@@ -274,11 +288,12 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any] | None:
 
 def _eval_loss(checkpoint: Path) -> float | None:
     """The validation loss measured at the checkpoint's own step."""
-    history = (_trainer_state(checkpoint) or {}).get("log_history", [])
-    return next(
-        (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry.get("step") == _step(checkpoint)),
-        None,
-    )
+    history = (_trainer_state(checkpoint) or {}).get("log_history")
+    for entry in history if isinstance(history, list) else []:
+        loss = entry.get("eval_loss") if isinstance(entry, dict) else None
+        if isinstance(loss, (int, float)) and entry.get("step") == _step(checkpoint):
+            return loss
+    return None
 
 
 def _step(checkpoint: Path) -> int:

@@ -15,6 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 
+from qwenmed.controls import printable
 from qwenmed.errors import UserError
 
 EXIT_OK = 0
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """Say what is wrong in one line and leave with status 2."""
-        self.exit(EXIT_USER_ERROR, f"错误：{message}。用 {self.prog} --help 查看用法\n")
+        self.exit(EXIT_USER_ERROR, printable(f"错误：{message}。用 {self.prog} --help 查看用法\n"))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -132,6 +133,22 @@ def positive_int(text: str) -> int:
 positive_int.__name__ = "正整数"  # argparse names the type in its message
 
 
+# A context holds some ten thousand characters; beyond this it is the wrong file or an endless device.
+LONGEST_INPUT = 10_000_000
+
+
+def read_stdin(what: str) -> str:
+    """What is piped in, as UTF-8; bytes that are none are replaced.
+
+    Raises:
+        UserError: more than any context holds.
+    """
+    data = sys.stdin.buffer.read(LONGEST_INPUT + 1) if sys.stdin else b""
+    if len(data) > LONGEST_INPUT:
+        raise UserError(f"标准输入里的{what}超过 {LONGEST_INPUT // 1_000_000} MB", None, "请检查管道的来源")
+    return data.decode("utf-8-sig", errors="replace")
+
+
 def run(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main and leave with the house's exit status; a traceback means a bug of ours."""
     for name, value in _QUIET.items():
@@ -141,6 +158,8 @@ def run(main: Callable[[], int | None]) -> typing.NoReturn:
         # Chinese Windows consoles default to GBK and a pipe there too; our output is UTF-8 everywhere.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdin.reconfigure(errors="replace")  # one wrong byte in a question must not end the conversation
     with contextlib.suppress(ValueError, AttributeError):
         signal.signal(signal.SIGTERM, _raise_terminated)
     status = _guarded(main)
@@ -181,7 +200,7 @@ def _guarded(main: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"错误：{message}", file=sys.stderr)  # noqa: T201
+    print(printable(f"错误：{message}"), file=sys.stderr)  # noqa: T201
     return EXIT_USER_ERROR
 
 
@@ -211,4 +230,4 @@ def _raise_terminated(signum: int, frame: object) -> None:
 
 def note(message: str) -> None:
     """Say a decision or a step, once, on stderr (stdout is for results)."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    print(printable(message), file=sys.stderr, flush=True)  # noqa: T201

@@ -84,13 +84,25 @@ class TransformersEngine:
         Raises:
             UserError: the prompt alone fills the context.
         """
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+        from transformers import StoppingCriteria, StoppingCriteriaList
+        from transformers.generation.streamers import BaseStreamer
 
         prompt = chat.render_prompt(self._tokenizer, messages)
         limit = self._room(len(prompt), max_tokens)
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generated_ids: queue.Queue[list[int] | None] = queue.Queue()
         cancelled = threading.Event()
         outcome: queue.Queue[list[int] | BaseException] = queue.Queue()
+
+        class Streamer(BaseStreamer):
+            prompt_seen = False
+
+            def put(self, value: "torch.Tensor") -> None:
+                if self.prompt_seen:
+                    generated_ids.put(value.flatten().tolist())
+                self.prompt_seen = True
+
+            def end(self) -> None:
+                generated_ids.put(None)
 
         class Cancelled(StoppingCriteria):
             def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor", **kwargs) -> "torch.Tensor":
@@ -99,19 +111,23 @@ class TransformersEngine:
         def work() -> None:
             try:
                 stopping = StoppingCriteriaList([Cancelled()])
-                outcome.put(self._generate([prompt], limit, streamer=streamer, stopping_criteria=stopping)[0])
+                outcome.put(self._generate([prompt], limit, streamer=Streamer(), stopping_criteria=stopping)[0])
             except BaseException as error:  # the consumer raises it; a thread's own traceback helps nobody
                 outcome.put(error)
             finally:
-                streamer.on_finalized_text("", stream_end=True)
+                generated_ids.put(None)
 
-        parser = chat.ReplyParser(self._tokenizer, self._tokenizer.decode(prompt))
+        text, parser = (
+            chat.TokenText(self._tokenizer),
+            chat.ReplyParser(self._tokenizer, self._tokenizer.decode(prompt)),
+        )
         started = time.perf_counter()
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            for text in streamer:
-                yield from (Chunk(*piece) for piece in parser.feed(text))
+            for ids in iter(generated_ids.get, None):
+                yield from (Chunk(*piece) for piece in parser.feed(text.feed(ids)))
+            yield from (Chunk(*piece) for piece in parser.feed(text.close()))
         finally:
             cancelled.set()
             worker.join()
@@ -145,8 +161,10 @@ class TransformersEngine:
             outputs = [output[: limits[i]] for i, output in zip(rows, outputs, strict=True)]
             seconds = (time.perf_counter() - started) / max(1, sum(map(len, outputs)))
             for i, output in zip(rows, outputs, strict=True):
-                text = self._tokenizer.decode(output, skip_special_tokens=True)
-                reply = chat.parse_reply(self._tokenizer, self._tokenizer.decode(prompts[i]), text)
+                text = chat.TokenText(self._tokenizer)
+                reply = chat.parse_reply(
+                    self._tokenizer, self._tokenizer.decode(prompts[i]), text.feed(output) + text.close()
+                )
                 results[i] = self._generation(reply, len(prompts[i]), output, seconds * len(output))
         return [results[i] for i in range(len(requests))]
 

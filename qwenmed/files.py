@@ -131,6 +131,19 @@ def is_encodable(row: object) -> bool:
     return True
 
 
+def check_encodable(text: str, what: str) -> str:
+    """Return `text` if it can be written as UTF-8.
+
+    Raises:
+        UserError: it holds half a surrogate pair, which is what bytes in another encoding become on a command line.
+    """
+    if not is_encodable(text):
+        raise UserError(
+            f"{what}里有无法编码的字符（半个代理对，或不是 UTF-8）", None, "请检查终端的编码，或从文件用管道传入"
+        )
+    return text
+
+
 def sha256(path: Path) -> str:
     """The hex SHA-256 of a file."""
     with path.open("rb") as file:

@@ -269,7 +269,11 @@ def _partial_folder(target: Path, say: Say) -> Iterator[Path]:
     """The hidden folder in which `target` grows; it stays for the next run if anything came, else no trace is left."""
     partial = target.with_name(f".{target.name}.partial")
     created = [parent for parent in partial.parents if not parent.exists()]
+    if partial.is_symlink():
+        raise UserError("下载目录的位置上是一个链接", partial, "请移走它：下载只写进自己的目录")
     partial.mkdir(parents=True, exist_ok=True)
+    for link in [path for path in partial.rglob("*") if path.is_symlink()]:  # neither client makes any
+        link.unlink()
     if received := _bytes_in(partial):
         say(f"接着上次的下载（已有 {received / 1e6:,.1f} MB）")
     try:
@@ -318,7 +322,7 @@ def _missing_weights(folder: Path) -> list[str]:
         elif not _is_whole(folder / name):
             missing.append(f"{name}（不完整）")
     if missing == ["model.safetensors"] and any(folder.glob("pytorch_model*.bin*")):
-        return ["model.safetensors（只有 pytorch_model.bin：请用 save_pretrained 转换为 safetensors）"]
+        return ["model.safetensors（只有 pytorch_model.bin：pickle 能执行代码，不载入；转换方法见 SECURITY.md）"]
     return missing
 
 

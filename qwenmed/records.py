@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenmed import files
+from qwenmed.controls import as_plain_words
 from qwenmed.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # Raise it whenever the text of a formatted row changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,21 @@ def parse_row(row: object, place: str) -> Record | Problem:
 
 
 def format_output(record: Record) -> str:
-    """The target text of a formatted row – what Qwen3's own template writes after `assistant\\n`."""
+    """The target text of a formatted row – what Qwen3's own template writes after `assistant\\n`.
+
+    Other trainers read these rows, so what looks like a control token in the texts is broken up.
+    """
     think, answer = record.think.strip("\n"), record.answer.lstrip("\n")
-    return f"<think>\n{think}\n</think>\n\n{answer}"
+    return f"<think>\n{as_plain_words(think)}\n</think>\n\n{as_plain_words(answer)}"
 
 
 def format_row(record: Record, system: str) -> dict[str, str]:
     """A row of `*_format.jsonl`: the system prompt, the question, thinking and answer."""
-    return {"instruction": system, "input": record.question, "output": format_output(record)}
+    return {
+        "instruction": as_plain_words(system),
+        "input": as_plain_words(record.question),
+        "output": format_output(record),
+    }
 
 
 def system_prompts(record: Record, general: str, by_scenario: dict[str, str], mode: str) -> list[str]:

@@ -1,5 +1,6 @@
 """One training run's bookkeeping: run.json, the tracker, the signals, the sample answers, the loss curve."""
 
+import pickle
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +86,9 @@ class Run:
             hardware.keep_freed_memory()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:  # the states are loaded with weights_only, which runs no code
+            remedy = "它可能损坏或被改动过：删除这个检查点后用 --resume 从前一个继续"
+            raise UserError("优化器、调度器或随机数的状态不是纯数据，没有载入", checkpoint, remedy) from error
         except Exception as error:
             if not files.is_disk_full(error, self.folder):
                 raise
@@ -112,9 +116,6 @@ class Run:
             replies = engine.generate([(messages, self.settings.sample_tokens) for messages in prompts])
             samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
             files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
-            self.tracker.log_texts(
-                "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
-            )
         self.tracker.finish()
         metrics = self.file.content["metrics"]
         cli.note(
@@ -128,6 +129,8 @@ class Run:
         if not self.settings.resume:
             return None
         finished = checkpoints.finished_checkpoints(self.folder)
+        if finished:
+            checkpoints.check_weights(finished[-1])
         cli.note(f"从 {finished[-1]} 继续训练" if finished else "没有可以继续的检查点，从头开始训练")
         return finished[-1] if finished else None
 

@@ -22,6 +22,7 @@ PAIR_GAP = 7  # characters between the two words of a pair
 SOUND_LENGTH = 3  # shorter words have too many homophones
 NEGATION_REACH = 16
 SHORT_NEGATION_REACH = 1
+HEALED_REACH = 40
 
 # Traditional characters (and some Cantonese ones) with what the tables have for them, one after the other.
 _PAIRS = (
@@ -136,9 +137,8 @@ class _Reader:
 
     def _past(self, sentence: int, start: int, end: int) -> bool:
         healed = self.marks.get("痊愈", ())
-        if any(s >= end for s, _ in healed) and not self._any("现在", max((s for s, _ in healed), default=0), 10**9):
-            if any(s - end < 40 for s, _ in healed):
-                return True
+        if any(end <= s < end + HEALED_REACH and not self._any("现在", e, len(self.text)) for s, e in healed):
+            return True
         past = [e for s, e in self.marks.get("过去", ()) if sentence <= s and e <= start + 1]
         return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenmed.controls import printable
 from qwenmed.errors import UserError
 
 HELP = """\
@@ -40,6 +41,7 @@ class Display:
 
     def piece(self, kind: str, text: str) -> None:
         """Show a piece of "thinking", "answer" or "closing" (what the program adds)."""
+        text = printable(text)
         if kind != self._kind:
             if self._kind is not None:
                 self._write("\n\n")
@@ -110,7 +112,7 @@ class Session:
             self._save_to(rest.strip())
         elif command:
             getattr(self, f"_do_{command}")()
-        elif line.isdecimal() and 1 <= int(line) <= len(self._offered):
+        elif _is_number(line, len(self._offered)):
             question = self._offered[int(line) - 1]
             print(f"问：{question}")
             self._answer(question)
@@ -127,7 +129,7 @@ class Session:
             display.end()
             print("（已停止这一条回答，对话保留）")
         except UserError as error:
-            print(f"错误：{error}")
+            print(printable(f"错误：{error}"))
 
     def _do_help(self) -> None:
         print(HELP)
@@ -154,8 +156,8 @@ class Session:
     def _save_to(self, name: str) -> None:
         try:
             print(f"对话已保存：{self._save(Path(name) if name else None)}")
-        except (UserError, OSError) as error:
-            print(f"错误：没有保存：{error}")
+        except (UserError, OSError, ValueError) as error:  # a NUL in a file name is a ValueError
+            print(printable(f"错误：没有保存：{error}"))
 
     def _choose_scenario(self) -> None:
         ids = list(self._scenarios)
@@ -166,7 +168,7 @@ class Session:
             line = _read(f"编号 1–{len(ids)}：")
             if line.lower() in COMMANDS["quit"]:
                 raise Quit
-            if line.isdecimal() and 1 <= int(line) <= len(ids):
+            if _is_number(line, len(ids)):
                 self._scenario = ids[int(line) - 1]
                 break
             match = next((id_ for id_ in ids if line in (id_, self._scenarios[id_])), None)
@@ -187,6 +189,11 @@ def print_reply(pieces: Iterable[tuple[str, str]]) -> None:
     for kind, text in pieces:
         display.piece(kind, text)
     display.end()
+
+
+def _is_number(line: str, largest: int) -> bool:
+    """Whether a line is a number from 1; int() itself refuses one of more than 4300 digits."""
+    return line.isdecimal() and len(line) < 10 and 1 <= int(line) <= largest
 
 
 def _read(prompt: str) -> str:
