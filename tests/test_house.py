@@ -10,7 +10,7 @@ SCRIPTS = ["data", "download_model", "inference", "medical_assistant", "prompts"
 
 # Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
 FLOORS = [
-    ["errors", "cli", "files", "controls", "redact", "quantities", "signs", "triage"],
+    ["errors", "controls", "redact", "cli", "files", "quantities", "signs", "triage"],
     ["records", "settings"],
     ["hub_clients", "hub", "chat", "hardware", "batch"],
     ["checkpoints", "demo"],
