@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from prompts import GENERAL_PROMPT
-from qwenmed import chat, checkpoints, cli, controls, files, hardware
+from qwenmed import chat, checkpoints, cli, controls, files, hardware, triage
 from qwenmed.errors import UserError
 
 
@@ -21,6 +21,8 @@ def main() -> None:
     """Find the checkpoint, load it, answer."""
     args = parse_args()
     question = read_question(args.question)
+    if (warning := triage.emergency_text(triage.assess(question))) and not args.json:
+        print(f"{warning}\n", flush=True)
     files.check_encodable(args.system, "--system ")
     checkpoint = checkpoints.find(args.checkpoint, base_model=args.base_model)
     device = hardware.pick_device(args.device)
@@ -106,6 +108,7 @@ def as_json(question: str, generation, checkpoint: checkpoints.Checkpoint, secon
     """One reply as a JSON object."""
     return {
         "question": question,
+        "urgency": triage.assess(question).level,
         "thinking": generation.reply.thinking,
         "answer": generation.reply.answer,
         "finish_reason": generation.finish_reason,

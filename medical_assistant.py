@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
 from qwenmed import cli, controls, files, redact, triage
-from qwenmed.batch import AssistantReply, Request, parse_request, read_requests
+from qwenmed.answers import AssistantReply, compose, failed_row
+from qwenmed.batch import Request, parse_request, read_requests
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
-    from qwenmed.engine import Generation
+    pass
 
 DEFAULT_MAX_TOKENS = 2048
 # Rows that are sorted by length and generated together; small enough that results come while one waits.
@@ -103,9 +104,10 @@ class MedicalAssistant:
     def stream(
         self, question: str, scenario_type: str = "diagnosis", max_tokens: int = DEFAULT_MAX_TOKENS
     ) -> Iterator[tuple[str, str]]:
-        """Ask, and yield ("thinking" | "answer" | "closing", piece) pairs as they come.
+        """Ask, and yield ("emergency" | "thinking" | "answer" | "closing", piece) pairs as they come.
 
-        The reply joins the conversation when it is complete; an abandoned one leaves no trace.
+        In an emergency its fixed text comes at once, before the model is even loaded, and the model's answer
+        only when it is whole and has been checked. The reply joins the conversation when it is complete; an abandoned one leaves no trace.
 
         Raises:
             UserError: as `ask_question`.
@@ -114,19 +116,25 @@ class MedicalAssistant:
         check_scenario(scenario_type)
         if max_tokens < 1:
             raise UserError(f"max_tokens 应为正整数，而不是 {max_tokens}")
+        before = self.last_reply if self.last_reply and self.last_reply.urgency != triage.EMERGENCY else None
+        urgency = triage.assess_conversation(question, before.question if before else None)
+        warning = triage.emergency_text(urgency)
+        if warning:
+            yield "emergency", warning
         self.load_model()
         from qwenmed.engine import Generation
 
         shown = ""
         for event in self._engine.stream(self._messages(question, scenario_type, max_tokens), max_tokens):
             if isinstance(event, Generation):
-                reply = self._reply(question, scenario_type, event, max_tokens)
-            else:
+                reply = compose(question, scenario_type, urgency, event, max_tokens, self._checkpoint)
+            elif event.kind == "thinking" or not warning:
                 shown += event.text if event.kind == "answer" else ""
                 yield event.kind, event.text
         self.last_reply = reply
         self.history.append(reply)
-        yield "closing", reply.answer.removeprefix(shown.strip()).strip()
+        rest = reply.answer.removeprefix(warning).strip()
+        yield "closing", rest.removeprefix(shown.strip()).strip()
 
     def batch(
         self,
@@ -178,9 +186,9 @@ class MedicalAssistant:
         from qwenmed import chat
 
         turns = [
-            [{"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.raw_answer}]
+            [{"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.said}]
             for reply in self.history
-            if reply.raw_answer
+            if reply.said
         ]
         while True:
             earlier = [message for turn in turns for message in turn]
@@ -196,38 +204,21 @@ class MedicalAssistant:
             self.load_model()
         prompts, errors = {}, {i: request.error for i, request in enumerate(requests) if request.error}
         for i, request in enumerate(requests):
-            if i in errors:
-                continue
-            prompts[i] = chat.user_messages(request.question, MEDICAL_PROMPTS[request.scenario])
-            if (tokens := self._engine.count_tokens(prompts[i])) >= self._engine.context_length:
+            if i not in errors:
+                prompts[i] = chat.user_messages(request.question, MEDICAL_PROMPTS[request.scenario])
+        for i, prompt in prompts.items():
+            if (tokens := self._engine.count_tokens(prompt)) >= self._engine.context_length:
                 errors[i] = f"问题太长：{tokens} 个 token，上下文只有 {self._engine.context_length}"
         asked = [i for i in prompts if i not in errors]
         generated = self._engine.generate([(prompts[i], requests[i].max_tokens) for i in asked]) if asked else []
         replies = dict(zip(asked, generated, strict=True))
         for i, request in enumerate(requests):
             if i in errors:
-                yield {"id": request.id, "question": request.question, "scenario": request.scenario, "error": errors[i]}
-            else:
-                yield self._reply(request.question, request.scenario, replies[i], request.max_tokens).as_row(request.id)
-
-    def _reply(self, question: str, scenario: str, generation: "Generation", max_tokens: int) -> AssistantReply:
-        raw = generation.reply.answer
-        unfinished = (
-            triage.NO_ANSWER.format(limit=max_tokens) if generation.finish_reason == "length" else triage.EMPTY_ANSWER
-        )
-        return AssistantReply(
-            question=question,
-            scenario=scenario,
-            thinking=generation.reply.thinking,
-            answer=triage.close_answer(raw or unfinished, self._checkpoint.notice),
-            raw_answer=raw,
-            finish_reason=generation.finish_reason,
-            prompt_tokens=generation.prompt_tokens,
-            thinking_tokens=generation.thinking_tokens,
-            answer_tokens=generation.answer_tokens,
-            seconds=round(generation.seconds, 3),
-            model=str(self._checkpoint.path),
-        )
+                yield failed_row(request, errors[i])
+                continue
+            question, urgency = request.question, triage.assess(request.question)
+            reply = compose(question, request.scenario, urgency, replies[i], request.max_tokens, self._checkpoint)
+            yield reply.as_row(request.id)
 
 
 def check_question(question: object) -> str:
@@ -261,6 +252,8 @@ def main() -> int:
         args.question = cli.read_stdin("问题")
     if args.question is not None:
         check_question(args.question)
+    if args.triage:
+        return classify(args)
     assistant = MedicalAssistant(
         args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed, redact=args.redact
     )
@@ -280,6 +273,9 @@ def parse_args() -> argparse.Namespace:
     ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
     scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
     ask.add_argument("-s", "--scenario", metavar="ID", help=f"场景（默认 diagnosis）：{scenarios}")
+    ask.add_argument(
+        "--triage", action="store_true", help="只判断紧急程度（与 -q 或 -b 一起用），不载入模型，每题输出一行 JSON"
+    )
     ask.add_argument(
         "--redact",
         action="store_true",
@@ -309,7 +305,23 @@ def parse_args() -> argparse.Namespace:
         parser.error("-q 和 -b 不能同时使用")
     if args.output and not args.batch:
         parser.error("-o 只用于批量（-b）")
+    if args.triage and not args.batch and args.question is None:
+        parser.error("--triage 需要 -q 或 -b")
     return args
+
+
+def classify(args: argparse.Namespace) -> int:
+    """`--triage`: how urgent each question is, by the rules alone; exit status 3 if a row can't be read."""
+    if args.question is not None:
+        requests = [Request(1, check_question(args.question), "diagnosis", args.max_tokens)]
+    else:
+        requests = read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
+    with files.growing_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as out:
+        for request in requests:
+            urgency = triage.assess(request.question)
+            row = {"question": request.question, "urgency": urgency.level, "reasons": urgency.reasons}
+            print(controls.json_line({**row, "error": request.error} if request.error else row), file=out)
+    return cli.EXIT_SOME_ROWS_FAILED if any(request.error for request in requests) else cli.EXIT_OK
 
 
 def answer_one(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
@@ -340,7 +352,7 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(terminal.batch_progress(len(requests)))
         out = stack.enter_context(files.growing_file(args.output)) if args.output else sys.stdout
-        as_line = controls.json_line if args.output or args.json else as_text
+        as_line = controls.json_line if args.output or args.json else terminal.batch_row_as_text(MEDICAL_SCENARIOS)
         for row in assistant.batch(requests):
             failed += "error" in row
             print(as_line(row), file=out, flush=True)
@@ -349,13 +361,6 @@ def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
         cli.note(f"已写入 {args.output}")
     cli.note(f"完成 {len(requests) - failed} 题，失败 {failed} 题")
     return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
-
-
-def as_text(row: dict[str, Any]) -> str:
-    """A batch row for a reader."""
-    head = f"—— {row['id']}. [{MEDICAL_SCENARIOS.get(row['scenario'], row['scenario'])}] {row['question']}"
-    body = f"错误：{row['error']}" if "error" in row else row["answer"]
-    return controls.printable(f"{head}\n{body}\n")
 
 
 def converse(assistant: MedicalAssistant, args: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
-"""Questions in and answers out: the rows of a batch. What is wrong with one row stays with that row."""
+"""The questions of a batch, row by row. What is wrong with one row stays with that row."""
 
-import dataclasses
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -28,37 +27,6 @@ class Request:
     scenario: str
     max_tokens: int
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class AssistantReply:
-    """One answer and how it came about.
-
-    Attributes:
-        answer: as shown: closed by the disclaimer (and the model's notice, if it has one).
-        raw_answer: as generated; "" if the model gave none.
-        finish_reason: "stop" or "length".
-        seconds: wall time.
-        model: the checkpoint's folder.
-    """
-
-    question: str
-    scenario: str
-    thinking: str
-    answer: str
-    raw_answer: str
-    finish_reason: str
-    prompt_tokens: int
-    thinking_tokens: int
-    answer_tokens: int
-    seconds: float
-    model: str
-
-    def as_row(self, id_: Any = None) -> dict[str, Any]:
-        """The reply as an output row; `id` first where there is one."""
-        row = dataclasses.asdict(self)
-        del row["raw_answer"]
-        return row if id_ is None else {"id": id_, **row}
 
 
 def read_requests(path: Path, scenarios: Collection[str], scenario: str, max_tokens: int) -> list[Request]:

@@ -8,6 +8,7 @@ words (`@@` for parts of the body, of which only the nearest counts); `_` stands
 
 import csv
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ SOUND_LENGTH = 3  # shorter words have too many homophones
 NEGATION_REACH = 16
 SHORT_NEGATION_REACH = 1
 HEALED_REACH = 40
+PIECE_LENGTH = 300
 
 # Traditional characters (and some Cantonese ones) with what the tables have for them, one after the other.
 _PAIRS = (
@@ -71,32 +73,47 @@ class Findings:
 
 def normalise(text: str) -> str:
     """Half-width, lower case, simplified; zero-width characters and blanks between Chinese characters removed."""
-    text = unicodedata.normalize("NFKC", text).lower().translate(_TRADITIONAL)
+    text = unicodedata.normalize("NFKC", text).lower()
     if text.isascii():
         return " ".join(text.split())
-    return "".join(
-        c
-        for i, c in enumerate(text)
-        if c.isprintable() and not (c.isspace() and _between_chinese(text, i)) or c == "\n"
-    )
+    text = text.translate(_TRADITIONAL)
+    if text.isprintable() and " " not in text:
+        return text
+    return _BLANK.sub("", "".join(c for c in text if c.isprintable() or c in " \n"))
 
 
-def _between_chinese(text: str, i: int) -> bool:
-    return not (i and text[i - 1].isascii() and text[i + 1 : i + 2].isascii())
+# A blank, unless it stands between two Latin words or numbers.
+_BLANK = re.compile(r"(?<![!-~]) | (?![!-~])")
 
 
 def find_signs(text: str) -> Findings:
-    """The signs of a normalised text."""
+    """The signs of a normalised text, read piece by piece so that the time stays proportional to its length."""
+    present: dict[str, str] = {}
+    cues: set[str] = set()
+    for piece in _pieces(text):
+        _read_piece(piece, present, cues)
+    return Findings(present, frozenset(cues))
+
+
+def _pieces(text: str) -> Iterable[str]:
+    start = 0
+    while len(text) - start > PIECE_LENGTH:
+        end = max(text.rfind(stop, start, start + PIECE_LENGTH) for stop in STRONG_STOPS) + 1
+        end = end if end > start else start + PIECE_LENGTH
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
     tables = _tables()
     hits = tables.hits(text)
-    cues = [hit for hit in hits if hit.roles[0][0] == "cue"]
-    reader = _Reader(text, cues)
-    present: dict[str, str] = {}
+    reader = _Reader(text, [hit for hit in hits if hit.roles[0][0] == "cue"])
+    cues.update(reader.marks)
     for sign, kind, start, end, middle in tables.signs(text, hits):
         if sign in present or (kind != "境" and not reader.holds(start, end, middle, kind == "病")):
             continue
         present[sign] = text[start:end]
-    return Findings(present, frozenset(reader.marks))
 
 
 class _Reader:
@@ -190,7 +207,7 @@ class _Tables:
                     found.append(Hit(end + 1 - length, end + 1, roles))
         found = _without_cut_signs(found)
         # A denial inside of a sign's own word (没有意识) denies nothing.
-        spans = [(hit.start, hit.end) for hit in found if hit.roles[0][0] == "sign" or hit.roles[-1][0] == "sign"]
+        spans = [(hit.start, hit.end) for hit in found if hit.roles[-1][0] == "sign"]
         found = [
             hit
             for hit in found

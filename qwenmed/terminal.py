@@ -40,23 +40,24 @@ class Display:
         self._kind: str | None = None
 
     def piece(self, kind: str, text: str) -> None:
-        """Show a piece of "thinking", "answer" or "closing" (what the program adds)."""
+        """Show a piece of "emergency" (a fixed text), "thinking", "answer" or "closing" (what the program adds)."""
         text = printable(text)
         if kind != self._kind:
             if self._kind is not None:
                 self._write("\n\n")
-            label = {"thinking": "【思考】\n", "answer": "【回答】\n", "closing": ""}[kind]
-            self._write(self._dim(label) if kind == "thinking" else label)
+            label = {"thinking": "【思考】\n", "answer": "【回答】\n"}.get(kind, "")
+            self._write(self._styled(kind, label))
             self._kind = kind
-        self._write(self._dim(text) if kind == "thinking" else text)
+        self._write(self._styled(kind, text))
 
     def end(self) -> None:
         """The reply has ended."""
         self._write("\n")
         self._kind = None
 
-    def _dim(self, text: str) -> str:
-        return f"\033[2m{text}\033[0m" if self._colour and text else text
+    def _styled(self, kind: str, text: str) -> str:
+        style = {"thinking": "2", "emergency": "1;31"}.get(kind)
+        return f"\033[{style}m{text}\033[0m" if self._colour and text and style else text
 
     def _write(self, text: str) -> None:
         self._out.write(text)
@@ -181,6 +182,17 @@ class Session:
 
     def _announce(self) -> None:
         print(f"场景：{self._scenarios[self._scenario]}。输入 samples 查看示例问题。")
+
+
+def batch_row_as_text(scenarios: Mapping[str, str]) -> Callable[[Mapping[str, Any]], str]:
+    """What shows an output row of a batch to a reader, with the scenario's name."""
+
+    def as_text(row: Mapping[str, Any]) -> str:
+        head = f"—— {row['id']}. [{scenarios.get(row['scenario'], row['scenario'])}] {row['question']}"
+        parts = [row.get("answer", ""), f"错误：{row['error']}" if "error" in row else ""]
+        return printable("\n".join([head, *filter(None, parts)]) + "\n")
+
+    return as_text
 
 
 def print_reply(pieces: Iterable[tuple[str, str]]) -> None:

@@ -19,6 +19,9 @@ EMERGENCY, URGENT, ROUTINE = "emergency", "urgent", "routine"
 DISCLAIMER = "【免责声明】以上内容由人工智能生成，仅供参考，不能代替医生的诊断和治疗；如有不适请及时就医，紧急情况请立即拨打120。"
 
 NO_ANSWER = "（模型在 {limit} 个 token 之内没有写完思考，还没有给出回答。请用更大的 -m / max_tokens 再试一次。）"
+SEE_A_DOCTOR_TODAY = (
+    "【请当天就医】您描述的情况最好今天就去医院看医生；如果加重，或出现胸痛、呼吸困难、意识不清，请立即拨打120。"
+)
 EMPTY_ANSWER = "（模型没有给出回答。请换一种说法再试一次。）"
 
 # Rules by which danger to life is told even inside a knowledge question.
@@ -96,6 +99,21 @@ def assess(question: str) -> Urgency:
     return Urgency(level, reasons, fired[0][0].advice if level == EMERGENCY else "")
 
 
+def assess_conversation(question: str, earlier: str | None) -> Urgency:
+    """How urgent a message is, read by itself and together with the one before it.
+
+    Signs often come one by one: 胸口疼 – and then 出了一身冷汗.
+
+    Args:
+        earlier: the user's message before this one, if it was no emergency already.
+    """
+    alone = assess(question)
+    if alone.level == EMERGENCY or not earlier:
+        return alone
+    together = assess(f"{earlier}，{question}")
+    return together if together.level == EMERGENCY else alone
+
+
 def _asks_for_knowledge(cues: frozenset[str]) -> bool:
     """Whether the text asks to learn rather than for help: a lesson has no patient in it, or is an exam's."""
     if "强求知" in cues:
@@ -150,12 +168,15 @@ class CheckedAnswer:
 
     Attributes:
         text: the answer, with fixed cautions behind it; "" if it was withheld.
-        cautions: names of the cautions added, and "contradiction" where the answer was withheld.
+        cautions: names of the cautions added, and `WITHHELD` where the answer was withheld.
     """
 
     text: str
     cautions: tuple[str, ...] = ()
 
+
+# The name under which a withheld answer is recorded.
+WITHHELD = "contradiction"
 
 # What an answer must not leave uncommented, whatever the question was.
 _CAUTIONS = {
@@ -197,7 +218,7 @@ def check_answer(answer: str, question: str, urgency: Urgency) -> CheckedAnswer:
         question: what was asked; a child, a pregnancy or a kidney disease often stands only there.
     """
     if urgency.level == EMERGENCY and _CONTRADICTION.search(answer):
-        return CheckedAnswer("", ("contradiction",))
+        return CheckedAnswer("", (WITHHELD,))
     both = f"{question}\n{answer}"
     lowered = answer.lower()
     cautions = []
@@ -217,7 +238,12 @@ def _advice() -> dict[str, tuple[str, str]]:
         return {row["处置"]: (row["现在做"], row["不要做"]) for row in csv.DictReader(file)}
 
 
-def close_answer(answer: str, notice: str = "") -> str:
-    """The answer as it is shown: with the model's own notice, if it has one, and the disclaimer, once."""
-    body = answer.replace(DISCLAIMER, "").rstrip()
-    return "\n\n".join(part for part in (body, notice, DISCLAIMER) if part)
+def close_answer(answer: str, notice: str = "", urgency: Urgency = Urgency(ROUTINE)) -> str:
+    """The answer as it is shown.
+
+    An emergency's fixed text comes first; then the answer; the advice to see a doctor today where that is due;
+    the model's own notice, if it has one; and the disclaimer, once.
+    """
+    body = answer.replace(DISCLAIMER, "").strip()
+    today = SEE_A_DOCTOR_TODAY if urgency.level == URGENT else ""
+    return "\n\n".join(part for part in (emergency_text(urgency), body, today, notice, DISCLAIMER) if part)

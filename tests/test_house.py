@@ -12,7 +12,7 @@ SCRIPTS = ["data", "download_model", "inference", "medical_assistant", "prompts"
 FLOORS = [
     ["errors", "controls", "redact", "cli", "files", "quantities", "signs", "triage"],
     ["records", "settings"],
-    ["hub_clients", "hub", "chat", "hardware", "batch"],
+    ["hub_clients", "hub", "chat", "hardware", "batch", "answers"],
     ["checkpoints", "demo"],
     ["tracking", "head", "callbacks", "engine"],
     ["training", "run", "terminal"],
