@@ -118,5 +118,5 @@ def _rows(path: Path) -> list[object]:
 
 def _whole_number(value: object) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        value = int(value)
+        value = int(value.strip())  # int() itself keeps some blanks, such as \x1f
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None

@@ -186,7 +186,7 @@ def test_defaults_fill_what_a_row_does_not_say():
     assert given == Request(3, "q", "nutrition", 9)
 
 
-@pytest.mark.parametrize("limit", [50, "50", " 50 "])
+@pytest.mark.parametrize("limit", [50, "50", " 50 ", "50\x1f", "\u300050"])
 def test_limit_may_be_a_number_or_the_text_of_one(limit):
     assert parse({"question": "q", "max_tokens": limit}) == Request(1, "q", "diagnosis", 50)
 
