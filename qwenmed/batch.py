@@ -58,15 +58,15 @@ def parse_request(row: object, number: int, scenarios: Collection[str], scenario
     # A CSV has its empty cells as "", a JSON export as null: both mean "not given".
     given = {key: value for key, value in row.items() if value not in (None, "")}
     id_, question = given.get("id", number), given.get("question", "")
-    own_scenario, limit = given.get("scenario", scenario), given.get("max_tokens", max_tokens)
+    own_scenario, limit = given.get("scenario", scenario), _whole_number(given.get("max_tokens", max_tokens))
     error = None
     if not isinstance(question, str) or not question.strip():
         error, question = "缺少 question（为空或不是文本）", question if isinstance(question, str) else ""
     elif not isinstance(own_scenario, str) or own_scenario not in scenarios:
         error, own_scenario = f"未知场景 {own_scenario!r}，可选：{'、'.join(scenarios)}", str(own_scenario)
-    elif (limit := _whole_number(limit)) is None:
-        error, limit = "max_tokens 应为正整数", max_tokens
-    return Request(id_, question.strip(), own_scenario, limit if isinstance(limit, int) else max_tokens, error)
+    elif limit is None:
+        error = "max_tokens 应为正整数"
+    return Request(id_, question.strip(), str(own_scenario), limit or max_tokens, error)
 
 
 def _rows(path: Path) -> list[object]:
@@ -86,5 +86,5 @@ def _rows(path: Path) -> list[object]:
 
 def _whole_number(value: object) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        value = int(value)
+        value = int(value.strip())  # int() itself keeps some blanks, such as \x1f
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None

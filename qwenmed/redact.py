@@ -24,7 +24,7 @@ _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkey
 _NARROW |= {0x3000: " ", 0x00A0: " "}
 
 # Groups of digits and what may stand between two of one number. Neither can match the other's characters.
-_GROUP = re.compile(r"[0-9]+(?:[Xx](?![0-9A-Za-z]))?")
+_GROUP = re.compile(r"[0-9]+(?:[Xx](?![A-Za-z]))?")
 _BETWEEN = re.compile(r"[ ()-]{0,3}|\.")
 # One written digit by digit, and a prefix.
 _MOST_GROUPS = 13

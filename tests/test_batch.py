@@ -121,6 +121,8 @@ BAD_ROWS = [
     ({"question": "q", "scenario": "dental"}, "未知场景 'dental'"),
     ({"question": "q", "scenario": 3}, "未知场景 3"),
     ({"question": "q", "scenario": ["diagnosis"]}, "未知场景"),
+    ({"question": 5, "max_tokens": -3}, "question"),
+    ({"max_tokens": True, "scenario": 5}, "question"),
     ({"question": "q", "max_tokens": "abc"}, "max_tokens"),
     ({"question": "q", "max_tokens": 0}, "max_tokens"),
     ({"question": "q", "max_tokens": "0"}, "max_tokens"),
@@ -184,7 +186,7 @@ def test_defaults_fill_what_a_row_does_not_say():
     assert given == Request(3, "q", "nutrition", 9)
 
 
-@pytest.mark.parametrize("limit", [50, "50", " 50 "])
+@pytest.mark.parametrize("limit", [50, "50", " 50 ", "50\x1f", "\u300050"])
 def test_limit_may_be_a_number_or_the_text_of_one(limit):
     assert parse({"question": "q", "max_tokens": limit}) == Request(1, "q", "diagnosis", 50)
 

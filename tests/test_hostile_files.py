@@ -253,7 +253,7 @@ FILES = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.fixed_dictionaries({}, optional=FILES), nested=st.booleans())
 def test_no_json_in_a_checkpoint_gives_anything_but_a_checkpoint_or_a_user_error(
     tmp_path, demo_model, contents, nested

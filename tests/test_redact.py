@@ -103,7 +103,7 @@ written = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(before=chinese, number=written, after=chinese)
 def test_any_number_in_any_chinese_text_is_masked_and_nothing_else_changes(before, number, after):
     text, kind = number
@@ -112,7 +112,7 @@ def test_any_number_in_any_chinese_text_is_masked_and_nothing_else_changes(befor
     assert masked.text == f"{before}[{kind}]{after}"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(st.characters() | st.sampled_from("0123456789138 -+()@.xX[]号机手"), max_size=60))
 def test_redacting_any_text_twice_is_redacting_it_once(text):
     once = redact(text)
@@ -120,13 +120,22 @@ def test_redacting_any_text_twice_is_redacting_it_once(text):
     assert bool(once.counts) == (once.text != text)
 
 
-@pytest.mark.parametrize("text", ["a.b@a.b.@c.cn", "a@b.cn138 1234 5678", "138 1234 5678@163.com", "a@b.cn@c.cn@"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.b@a.b.@c.cn",
+        "11010519491231002X138 1234 5143",
+        "a@b.cn138 1234 5678",
+        "138 1234 5678@163.com",
+        "a@b.cn@c.cn@",
+    ],
+)
 def test_numbers_that_touch_each_other_leave_nothing_for_a_second_time(text):
     once = redact(text)
     assert once.counts and redact(once.text).text == once.text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.from_regex(r"\A[1-9][0-9]{16}\Z"), st.integers(0, 9))
 def test_checksum_decides_where_the_birth_date_is_impossible(body, month):
     body = body[:10] + f"{month + 13:02}" + body[12:]  # no such month
