@@ -116,6 +116,9 @@ class Run:
             replies = engine.generate([(messages, self.settings.sample_tokens) for messages in prompts])
             samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
             files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
+            self.tracker.log_texts(
+                "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
+            )
         self.tracker.finish()
         metrics = self.file.content["metrics"]
         cli.note(

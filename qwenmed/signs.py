@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TABLES = Path(__file__).with_name("urgency")
 
@@ -24,7 +24,7 @@ SOUND_LENGTH = 3  # shorter words have too many homophones
 NEGATION_REACH = 16
 SHORT_NEGATION_REACH = 1
 HEALED_REACH = 40
-PIECE_LENGTH = 300
+PIECE_LENGTH = 150
 
 # Traditional characters (and some Cantonese ones) with what the tables have for them, one after the other.
 _PAIRS = (
@@ -48,8 +48,7 @@ _PAIRS = (
 _TRADITIONAL = str.maketrans(dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True)))
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """A word of the tables in the text: half-open [start, end)."""
 
     start: int
@@ -121,6 +120,8 @@ class _Reader:
 
     def __init__(self, text: str, cues: Iterable[Hit]) -> None:
         self.text = text
+        self.clauses = [i for i, c in enumerate(text, 1) if c in CLAUSE_STOPS]
+        self.sentences = [i for i in self.clauses if text[i - 1] in STRONG_STOPS]
         self.marks: dict[str, list[tuple[int, int]]] = {}
         for hit in cues:
             for role, name in hit.roles:
@@ -131,8 +132,8 @@ class _Reader:
         """Whether the sign at [start, end) is present; `middle` is where the second word of a pair starts."""
         if not self.marks:
             return not is_disease
-        sentence = self._back_to(start, STRONG_STOPS)
-        clause = self._back_to(start, CLAUSE_STOPS)
+        sentence = max((stop for stop in self.sentences if stop <= start), default=0)
+        clause = max((stop for stop in self.clauses if stop <= start), default=0)
         if self._denied(clause, start, end, middle) or self._past(sentence, start, end):
             return False
         if self._any("假设句", sentence, start) or self._any("转述", sentence, start):
@@ -160,12 +161,8 @@ class _Reader:
         return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
 
     def _any(self, name: str, start: int, end: int) -> bool:
-        return any(start <= s and e <= end for s, e in self.marks.get(name, ()))
-
-    def _back_to(self, position: int, stops: frozenset[str]) -> int:
-        while position and self.text[position - 1] not in stops:
-            position -= 1
-        return position
+        spans = self.marks.get(name)
+        return spans is not None and any(start <= s and e <= end for s, e in spans)
 
 
 class _Tables:
@@ -282,15 +279,9 @@ _DENIALS = {("cue", "否定"), ("cue", "否定短")}
 
 def _without_cut_signs(found: list[Hit]) -> list[Hit]:
     """Drop 没有呼吸 where the text goes on to 没有呼吸困难: the longer sign begins inside of it."""
-    if not any(hit.roles[-1][0] == "sign" for hit in found):
-        return found
     signs = [hit for hit in found if hit.roles[-1][0] == "sign"]
-    cut = {
-        (hit.start, hit.end)
-        for hit in signs
-        for other in signs
-        if hit.start < other.start < hit.end < other.end and _DENYING.intersection(hit.text)
-    }
+    denying = [hit for hit in signs if not _DENYING.isdisjoint(hit.text)]
+    cut = {(hit.start, hit.end) for hit in denying for other in signs if hit.start < other.start < hit.end < other.end}
     return [hit for hit in found if (hit.start, hit.end) not in cut] if cut else found
 
 

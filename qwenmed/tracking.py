@@ -1,7 +1,8 @@
 """What a run leaves behind: run.json, the loss curve, the SwanLab experiment.
 
 SwanLab is never allowed to stop a training or to wait for a login, and sends or stores no hostname,
-command line, console output or Git remote – and no text: no question, no answer, only settings and losses.
+command line, console output or Git remote. No question goes there; of texts only the three answers that the
+model generates to validation questions.
 """
 
 import contextlib
@@ -90,6 +91,10 @@ class Tracker:
         self._active = True
         self.guarded(self._init, mode, log_dir, name, config, run_id)
 
+    def log_texts(self, key: str, texts: list[str], step: int) -> None:
+        """Log generated texts."""
+        self.guarded(self._log_texts, key, texts, step)
+
     def finish(self, state: str = "success") -> None:
         """End the experiment. `state` is SwanLab's: success, crashed or aborted."""
         self.guarded(self._finish, state)
@@ -128,6 +133,11 @@ class Tracker:
             ),
         )
         self.run_id = run.id
+
+    def _log_texts(self, key: str, texts: list[str], step: int) -> None:
+        import swanlab
+
+        swanlab.log({key: [swanlab.Text(text) for text in texts]}, step=step)
 
     def _finish(self, state: str) -> None:
         import swanlab
