@@ -110,9 +110,11 @@ def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
     reader = _Reader(text, [hit for hit in hits if hit.roles[0][0] == "cue"])
     cues.update(reader.marks)
     for sign, kind, start, end, middle in tables.signs(text, hits):
-        if sign in present or (kind != "境" and not reader.holds(start, end, middle, kind == "病")):
+        # The longest words are kept: one word must not fire two parts of a rule.
+        if len(present.get(sign, "")) >= end - start:
             continue
-        present[sign] = text[start:end]
+        if kind == "境" or reader.holds(start, end, middle, kind == "病"):
+            present[sign] = text[start:end]
 
 
 class _Reader:
@@ -181,7 +183,12 @@ class _Tables:
         for word, roles in self.words.items():
             self.written.add_word(word, (len(word), tuple(sorted(roles))))
             signs = {role for role in roles if role[0] == "sign"}
-            if len(word) >= SOUND_LENGTH and signs and all("一" <= c <= "鿿" for c in word):
+            if (
+                len(word) >= SOUND_LENGTH
+                and signs
+                and _DENYING.isdisjoint(word)
+                and all("一" <= c <= "鿿" for c in word)
+            ):
                 by_sound.setdefault(word.translate(self.sounds), set()).update(signs)
         for sound, roles in by_sound.items():
             self.spoken.add_word(sound, (len(sound), tuple(sorted(roles))))
@@ -225,6 +232,7 @@ class _Tables:
     def _pairs_ending(self, text: str, hits: list[Hit], i: int, right: str):
         end = hits[i]
         wanted = self.pairs[right]
+        body = 0
         for j in range(i - 1, -1, -1):
             first = hits[j]
             if end.start - first.end > PAIR_GAP + 6:
@@ -233,14 +241,14 @@ class _Tables:
                 continue
             if not STRONG_STOPS.isdisjoint(text[first.end : end.start]):
                 return
-            body = False
+            if first.end < body:
+                return
             for role, name in first.roles:
                 if role == "group":
-                    body |= name.startswith("@@")
+                    if name.startswith("@@"):  # words that overlap it (半边身子 and 身子) are the same part
+                        body = first.end
                     for sign in wanted.get(name, ()):
                         yield sign, self.kinds[sign], first.start, end.end, end.start
-            if body:
-                return
 
     def _read(self) -> None:
         with (TABLES / "cues.csv").open(encoding="utf-8-sig", newline="") as file:

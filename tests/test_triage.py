@@ -1,0 +1,213 @@
+"""The urgency layer: what must not depend on a model."""
+
+import csv
+import json
+from collections import Counter
+
+import pytest
+from conftest import ROOT, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenmed import quantities, signs, triage
+from qwenmed.triage import EMERGENCY, ROUTINE, URGENT, Urgency, assess, check_answer, emergency_text
+
+SETS = ROOT / "tests" / "triage"
+
+
+def shares(name):
+    """(recall of emergencies, share of false alarms) on a labelled set."""
+    rows = [json.loads(line) for line in (SETS / name).read_text(encoding="utf-8").splitlines()]
+    counts = Counter((row["label"] == EMERGENCY, assess(row["question"]).level == EMERGENCY) for row in rows)
+    recall = counts[True, True] / (counts[True, True] + counts[True, False])
+    return recall, counts[False, True] / (counts[False, True] + counts[False, False])
+
+
+def test_set_that_the_rules_were_tuned_on():
+    recall, false_alarms = shares("dev.jsonl")
+    assert recall >= 0.97 and false_alarms <= 0.01
+
+
+def test_set_that_no_rule_was_tuned_on():
+    # Measured 0.89 and 0.037; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
+    recall, false_alarms = shares("heldout.jsonl")
+    assert recall >= 0.87 and false_alarms <= 0.045
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "我爸突然胸口疼得厉害，左胳膊也疼，出了一身冷汗",
+        "老公嘴歪了，说话也说不清楚，右手抬不起来",
+        "孩子被果冻噎住了，脸都紫了，哭不出声",
+        "宝宝两个月大，烧到三十八度五，没精神",
+        "吃了三十多片安眠药，不想活了",
+        "怀孕33周，头疼眼花，血压165/110",
+        "奶奶吃着华法林，昨天摔了头，今天一直吐",
+        "打了青霉素以后全身起疹子，喘不上气",
+        "血糖2.1，叫他没反应",
+        "血氧82，嘴唇发紫",
+        "老爸喘不上氣，嘴唇發紫",
+        "血压２００／１３０，头疼得厉害还吐",
+        "爸爸呼吸困南，嘴唇发紫",
+        "我活着没意思，遗书都写好了",
+        "吃了头孢又喝酒，现在脸红心慌喘不上气",
+    ],
+)
+def test_emergency_is_recognised(question):
+    found = assess(question)
+    assert found.level == EMERGENCY and found.reasons
+    assert "立即拨打120" in emergency_text(found)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "没有胸痛，也没有呼吸困难，就是偶尔打嗝",
+        "十年前得过心梗，现在恢复得很好，想问能不能跑步",
+        "心肌梗死是如何发生的？",
+        "休克的分类",
+        "请问抽搐的发病机制是什么",
+        "昨天看电视剧，男主角吐血晕倒了，演得真好",
+        "今天加班忙死了，笑死我了",
+        "血压120/80正常吗",
+        "体温36.5，需要吃药吗",
+        "怎么预防脑卒中",
+    ],
+)
+def test_harmless_question_stays_routine(question):
+    assert assess(question).level == ROUTINE
+
+
+def test_signs_of_two_messages_are_read_together():
+    assert assess("出了一身冷汗").level != EMERGENCY
+    assert triage.assess_conversation("出了一身冷汗", "我胸口疼").level == EMERGENCY
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        ("体温38.5", "体温38"), ("烧到39度2", "体温39"), ("三十八度五", "体温38"), ("血压180/110", "血压180"),
+        ("高压二百", "血压180"), ("血糖2.8", "血糖低值"), ("血糖28", "血糖高值"), ("血氧85", "血氧低"),
+        ("45天大的宝宝", "三月内"), ("孩子两个月", "三月内"), ("怀孕33周", "孕20周"), ("吃了30片", "药量大"),
+        ("心率160", "心率危险"),
+    ],
+)  # fmt: skip
+def test_numbers_become_signs(text, sign):
+    assert sign in dict(quantities.signs_from_numbers(signs.normalise(text)))
+
+
+@pytest.mark.parametrize("text", ["体温36.8", "血压130/80", "血糖5.6", "血氧98", "孩子8岁", "吃了1片", "楼层38层"])
+def test_ordinary_numbers_do_not(text):
+    found = set(dict(quantities.signs_from_numbers(signs.normalise(text)))) - {"儿童", "老人"}
+    assert not found
+
+
+def test_every_rule_can_fire_and_says_where_it_comes_from():
+    rules, _ = triage._rules()
+    with (signs.TABLES / "signs.csv").open(encoding="utf-8", newline="") as file:
+        known = {row["征象"] for row in csv.DictReader(file)}
+    source = (ROOT / "qwenmed" / "quantities.py").read_text(encoding="utf-8")
+    assert len({rule.id for rule in rules}) == len(rules) > 100
+    for rule in rules:
+        assert rule.level in (EMERGENCY, URGENT) and rule.source and rule.name
+        for sign in {*(sign for group in rule.needs for sign in group), *rule.unless}:
+            assert sign in known or f'"{sign}"' in source, (rule.id, sign)
+        if rule.level == EMERGENCY:
+            assert "请立即拨打120" in emergency_text(Urgency(EMERGENCY, ("",), rule.advice))
+
+
+def test_crisis_texts_name_the_line_and_company():
+    text = emergency_text(assess("我不想活了"))
+    assert "12356" in text and "独处" in text and "120" in text
+
+
+@pytest.mark.parametrize("piece", ["胸口疼", "没有", "一二三", "38.5度", "a", " ", "头孢喝酒，", "(((", "\n", "😀"])
+def test_long_texts_are_read_to_the_end(piece):
+    # 100,000 characters; a pattern that backtracks would never end.
+    count = 100_000 // len(piece)
+    assert assess(piece * count).level in (EMERGENCY, URGENT, ROUTINE)
+    assert assess("您好。" + "今天天气不错。" * 3000 + "我爸突然胸口疼，出了一身冷汗").level == EMERGENCY
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_has_a_level(text):
+    assert assess(text).level in (EMERGENCY, URGENT, ROUTINE)
+
+
+EMERGENCY_CASE = assess("我爸突然胸口疼，出了一身冷汗")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["不用去医院，多喝水。", "没什么大碍，在家观察几天就好。", "可以先在家观察看看，明天再去医院。", "不是急症，无需拨打120。"],
+)  # fmt: skip
+def test_answer_that_talks_an_emergency_down_is_withheld(answer):
+    checked = check_answer(answer, "", EMERGENCY_CASE)
+    assert checked.text == "" and checked.cautions == (triage.WITHHELD,)
+    assert check_answer(answer, "", Urgency(ROUTINE)).text.startswith(answer)
+
+
+def test_answer_that_sends_to_hospital_is_not_withheld():
+    answer = "请立即拨打120，不要自己开车、走路去医院，不要紧张。"
+    assert check_answer(answer, "", EMERGENCY_CASE).text == answer
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "caution"),
+    [
+        ("发烧怎么办", "可以口服布洛芬0.2g，每日三次。", "dose"),
+        ("宝宝咳嗽", "可以给他服用止咳药。", "child"),
+        ("怀孕五个月感冒", "可以服用感冒药。", "pregnancy"),
+        ("肾功能不全，关节疼", "建议服用止痛药物。", "kidney_liver"),
+        ("血压正常了", "血压正常后可以直接停药。", "stopping"),
+    ],
+)
+def test_risky_advice_gets_its_caution(question, answer, caution):
+    checked = check_answer(answer, question, Urgency(ROUTINE))
+    assert caution in checked.cautions and checked.text.startswith(answer) and "【用药提醒】" in checked.text
+
+
+def test_harmless_answer_gets_none():
+    assert check_answer("请多休息，不要自行停药。", "头有点晕", Urgency(ROUTINE)).cautions == ()
+
+
+def test_disclaimer_stands_once_and_the_fixed_text_first():
+    shown = triage.close_answer(f"请休息。{triage.DISCLAIMER}", "演示", EMERGENCY_CASE)
+    assert shown.count(triage.DISCLAIMER) == 1 and shown.startswith("【紧急】") and shown.endswith(triage.DISCLAIMER)
+
+
+def test_emergency_text_comes_before_any_model_is_loaded(tmp_path):
+    from medical_assistant import MedicalAssistant
+    from qwenmed.errors import UserError
+
+    stream = MedicalAssistant(tmp_path / "no such model").stream("我爸突然胸口疼，出了一身冷汗", "nutrition")
+    assert next(stream) == ("emergency", emergency_text(EMERGENCY_CASE))
+    with pytest.raises(UserError):
+        next(stream)
+
+
+def test_triage_option_classifies_without_a_model(tmp_path):
+    done = run_script("medical_assistant.py", "--triage", "-q", "老公突然昏过去，叫不醒", cwd=tmp_path)
+    row = json.loads(done.out)
+    assert done.status == 0 and row["urgency"] == EMERGENCY and row["reasons"]
+    assert set(row) == {"question", "urgency", "reasons"}
+    rows = [{"question": "休克的分类"}, {"question": ""}, {"question": "我不想活了"}]
+    (tmp_path / "b.json").write_text(json.dumps(rows), encoding="utf-8")
+    done = run_script("medical_assistant.py", "--triage", "-b", "b.json", cwd=tmp_path)
+    levels = [json.loads(line)["urgency"] for line in done.out.splitlines()]
+    assert done.status == 3 and levels == [ROUTINE, ROUTINE, EMERGENCY]
+
+
+def test_reply_of_an_emergency_begins_with_the_fixed_text_whatever_the_scenario(trained):
+    from medical_assistant import MedicalAssistant
+
+    assistant = MedicalAssistant(trained.run, device="cpu")
+    pieces = list(assistant.stream("我爸突然胸口疼，出了一身冷汗", "nutrition", max_tokens=40))
+    assert pieces[0][0] == "emergency" and pieces[-1][0] == "closing"
+    reply = assistant.last_reply
+    assert reply.urgency == EMERGENCY and reply.answer.startswith(pieces[0][1])
+    assert reply.answer.count(triage.DISCLAIMER) == 1
+    row = next(assistant.batch(["我爸突然胸口疼，出了一身冷汗"], max_tokens=4))
+    assert row["urgency"] == EMERGENCY and row["answer"].startswith("【紧急】")
