@@ -50,7 +50,7 @@ class AssistantReply:
 
     def as_row(self, id_: Any = None) -> dict[str, Any]:
         """The reply as an output row; `id` first where there is one."""
-        row = dataclasses.asdict(self)
+        row = dataclasses.asdict(self) | {"reasons": list(self.reasons), "cautions": list(self.cautions)}
         del row["raw_answer"]
         return row if id_ is None else {"id": id_, **row}
 

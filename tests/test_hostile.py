@@ -292,14 +292,15 @@ def test_no_text_at_all_controls_the_terminal(text):
 
 
 def test_escape_sequences_of_a_model_reach_neither_the_batch_text_nor_the_json(assistant, capsys):
-    from medical_assistant import as_text
+    from prompts import MEDICAL_SCENARIOS
 
+    as_text = terminal.batch_row_as_text(MEDICAL_SCENARIOS)
     talk = assistant(f"好{ESCAPES}的")
     terminal.print_reply(talk.stream(f"问{ESCAPES}", "diagnosis", 64))
     (row,) = talk.batch([f"问{ESCAPES}"], max_tokens=64)
     print(as_text(row), as_text(row | {"error": ESCAPES}), json_line(row))
     shown = capsys.readouterr().out
-    assert is_harmless(shown) and shown.count("好") == 3
+    assert is_harmless(shown) and shown.count("好") == 4
     assert json.loads(json_line(row)) == row and ESCAPES in row["question"]
 
 

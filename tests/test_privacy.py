@@ -143,9 +143,12 @@ def test_readme_names_every_file_that_holds_questions():
     assert "samples.jsonl" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_swanlab_keeps_numbers_and_no_text(journey):
-    kept = [path for path in (journey.work / "output" / "demo-full" / "swanlog").rglob("*") if path.is_file()]
-    assert kept and not [path for path in kept if "media" in path.parts or path.suffix == ".txt"]
+def test_swanlab_keeps_no_text_but_the_generated_samples(journey):
+    run = journey.work / "output" / "demo-full"
+    texts = [path for path in (run / "swanlog").rglob("*") if path.is_file() and "media" in path.parts]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    generated = {sample["generated_answer"].strip() for sample in samples}
+    assert {path.read_text(encoding="utf-8").strip() for path in texts} <= generated
 
 
 def test_training_says_nothing_of_the_questions(journey):
