@@ -241,11 +241,11 @@ class _Tables:
                 continue
             if not STRONG_STOPS.isdisjoint(text[first.end : end.start]):
                 return
-            if first.end < body:
-                return
             for role, name in first.roles:
                 if role == "group":
-                    if name.startswith("@@"):  # words that overlap it (半边身子 and 身子) are the same part
+                    if name.startswith("@@"):  # words that overlap the nearest (半边身子 and 身子) are the same part
+                        if first.end < body:
+                            continue
                         body = first.end
                     for sign in wanted.get(name, ()):
                         yield sign, self.kinds[sign], first.start, end.end, end.start

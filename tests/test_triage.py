@@ -29,9 +29,9 @@ def test_set_that_the_rules_were_tuned_on():
 
 
 def test_set_that_no_rule_was_tuned_on():
-    # Measured 0.89 and 0.037; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
+    # Measured 0.907 and 0.044; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
     recall, false_alarms = shares("heldout.jsonl")
-    assert recall >= 0.87 and false_alarms <= 0.045
+    assert recall >= 0.89 and false_alarms <= 0.05
 
 
 @pytest.mark.parametrize(
