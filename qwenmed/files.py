@@ -9,9 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from qwenmed.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOCK_FILE = ".lock"
 
 
 def require_file(path: Path, what: str = "文件") -> Path:
@@ -160,6 +165,29 @@ def check_writable(folder: Path) -> Path:
     with tempfile.TemporaryFile(dir=folder):
         pass
     return folder
+
+
+def hold(folder: Path, what: str) -> "FileLock":
+    """Take a folder for this process; the system gives it back when the process ends, however it ends.
+
+    Args:
+        what: who uses the folder, for the message.
+
+    Returns:
+        The lock; it is held as long as this object lives.
+
+    Raises:
+        UserError: another process that is still alive has it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "请等它结束，或用 --output-dir 换一个目录"
+        raise UserError(f"另一个{what}正在使用这个目录", folder, remedy) from None
+    return lock
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -31,10 +31,14 @@ class Run:
         folder: the output folder.
         method: "full" or "lora".
         model_folder: what is being trained.
+
+    Raises:
+        UserError: another training that is alive writes into the folder.
     """
 
     def __init__(self, settings: TrainSettings, folder: Path, method: str, model_folder: Path) -> None:
         self.settings, self.folder, self.method, self.model_folder = settings, folder, method, model_folder
+        self._lock = files.hold(folder, "训练")
         self.file = tracking.RunFile(folder)
         self.tracker = tracking.Tracker(cli.note)
         self.stop: StopOnSignal | None = None

@@ -158,6 +158,22 @@ def test_terminate_signal_saves_and_exits_143(small_data, demo_model):
     assert checkpoints.finished_checkpoints(small_data / "run")
 
 
+def test_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(small_data, demo_model):
+    arguments = ["--model", demo_model, "--max-steps", "500", "--eval-steps", "400", *COMMON, "--output-dir", "run"]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    first = subprocess.Popen(command, cwd=small_data, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(small_data / "run" / "run.json", first)
+        assert_user_error(run_script("train.py", *arguments, cwd=small_data), "另一个训练", "run", "--output-dir")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    # The lock of a process that was killed holds nobody.
+    done = run_script("train.py", *arguments, "--max-steps", "1", cwd=small_data)
+    assert done.status == 0, done.err
+
+
 def _wait_for(file, process):
     until = time.monotonic() + 120
     while not file.exists():
