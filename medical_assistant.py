@@ -118,8 +118,7 @@ class MedicalAssistant:
             raise UserError(f"max_tokens 应为正整数，而不是 {max_tokens}")
         before = self.last_reply if self.last_reply and self.last_reply.urgency != triage.EMERGENCY else None
         urgency = triage.assess_conversation(question, before.question if before else None)
-        warning = triage.emergency_text(urgency)
-        if warning:
+        if warning := triage.emergency_text(urgency):
             yield "emergency", warning
         self.load_model()
         from qwenmed.engine import Generation
@@ -134,6 +133,8 @@ class MedicalAssistant:
         self.last_reply = reply
         self.history.append(reply)
         rest = reply.answer.removeprefix(warning).strip()
+        if warning and triage.WITHHELD not in reply.cautions and reply.raw_answer:
+            yield "answer", (shown := reply.raw_answer)
         yield "closing", rest.removeprefix(shown.strip()).strip()
 
     def batch(
@@ -174,8 +175,8 @@ class MedicalAssistant:
             path: where to; by default conversation_<time>.json in the current folder.
         """
         path = Path(path or f"conversation_{datetime.datetime.now():%Y%m%d_%H%M%S}.json")
-        turns = [reply.as_row() for reply in self.history]
-        files.write_json(path, {"disclaimer": triage.DISCLAIMER, "turns": turns}, private=True)
+        conversation = {"disclaimer": triage.DISCLAIMER, "turns": [reply.as_row() for reply in self.history]}
+        files.write_json(path, conversation, private=True)
         return path
 
     def _redacted(self, question: str) -> str:

@@ -44,11 +44,11 @@ class Display:
         text = printable(text)
         if kind != self._kind:
             if self._kind is not None:
-                self._write("\n\n")
+                self._write("\n" if self._kind == "emergency" else "\n\n")
             label = {"thinking": "【思考】\n", "answer": "【回答】\n"}.get(kind, "")
             self._write(self._styled(kind, label))
             self._kind = kind
-        self._write(self._styled(kind, text))
+        self._write(self._styled(kind, text) + ("\n" if kind == "emergency" else ""))
 
     def end(self) -> None:
         """The reply has ended."""
