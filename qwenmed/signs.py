@@ -6,6 +6,7 @@ text's length only. A word pair `A~B` is found when B follows A closely; `@name`
 words (`@@` for parts of the body, of which only the nearest counts); `_` stands for a space.
 """
 
+import bisect
 import csv
 import functools
 import re
@@ -13,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 TABLES = Path(__file__).with_name("urgency")
 
@@ -48,13 +49,26 @@ _PAIRS = (
 _TRADITIONAL = str.maketrans(dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True)))
 
 
-class Hit(NamedTuple):
-    """A word of the tables in the text: half-open [start, end)."""
+class _Word(NamedTuple):
+    """A word of the tables, with everything it can mean.
 
-    start: int
-    end: int
-    roles: tuple[tuple[str, str], ...]
-    text: str = ""
+    `left` and `body` are the groups in which it can begin a pair; of a part of the body (`@@`) only the nearest does.
+    """
+
+    length: int
+    traits: int
+    cues: tuple[str, ...] = ()
+    signs: tuple[tuple[str, str], ...] = ()  # (sign, kind)
+    left: tuple[str, ...] = ()
+    right: tuple[dict[str, tuple[tuple[str, str], ...]], ...] = ()
+    body: tuple[str, ...] = ()
+
+
+# Traits: a neutral phrase; a mark that denies; a sign whose own words deny (没有意识).
+_NEUTRAL, _DENIAL, _DENYING_SIGN = 1, 2, 4
+
+# A word of the tables in the text: half-open [start, end).
+_Hit = tuple[int, int, _Word]
 
 
 @dataclass(frozen=True)
@@ -105,44 +119,82 @@ def _pieces(text: str) -> Iterable[str]:
 
 
 def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
-    tables = _tables()
-    hits = tables.hits(text)
-    reader = _Reader(text, [hit for hit in hits if hit.roles[0][0] == "cue"])
-    cues.update(reader.marks)
-    for sign, kind, start, end, middle in tables.signs(text, hits):
-        # The longest words are kept: one word must not fire two parts of a rule.
-        if len(present.get(sign, "")) >= end - start:
-            continue
-        if kind == "境" or reader.holds(start, end, middle, kind == "病"):
-            present[sign] = text[start:end]
+    hits = _tables().hits(text)
+    marks: dict[str, list[tuple[int, int]]] = {}
+    for start, end, word in hits:
+        for name in word.cues:
+            marks.setdefault(name, []).append((start, end))
+    cues.update(marks)
+    reader = _Reader(text, marks)
+    for i, (start, end, word) in enumerate(hits):
+        for sign in word.signs:
+            reader.keep(present, sign, start, end, start)
+        if word.right:
+            for begin, signs in _pairs_ending(text, hits, i):
+                for sign in signs:
+                    reader.keep(present, sign, begin, end, start)
+
+
+def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[int, tuple[tuple[str, str], ...]]]:
+    """(start, signs) for the pairs of which hits[i] is the second word."""
+    middle, _, second = hits[i]
+    for wanted in second.right:
+        body = 0
+        for j in range(i - 1, -1, -1):
+            start, end, first = hits[j]
+            gap = middle - end
+            if gap > PAIR_GAP + 6:
+                break
+            if gap < 0 or gap > PAIR_GAP or not (first.left or first.body):
+                continue
+            if gap and not STRONG_STOPS.isdisjoint(text[end:middle]):
+                break
+            groups = first.left
+            if first.body and end >= body:  # words that overlap the nearest (半边身子 and 身子) are the same part
+                body = end
+                groups = first.body + groups
+            for name in groups:
+                if name in wanted:
+                    yield start, wanted[name]
+
+
+# The marks that can make a sign not count.
+_DOUBTS = frozenset({"否定", "否定短", "后否定", "痊愈", "过去", "假设句", "转述", "可能"})
 
 
 class _Reader:
     """Decides from the marks around it whether a sign is there now."""
 
-    def __init__(self, text: str, cues: Iterable[Hit]) -> None:
+    def __init__(self, text: str, marks: dict[str, list[tuple[int, int]]]) -> None:
         self.text = text
-        self.clauses = [i for i, c in enumerate(text, 1) if c in CLAUSE_STOPS]
-        self.sentences = [i for i in self.clauses if text[i - 1] in STRONG_STOPS]
-        self.marks: dict[str, list[tuple[int, int]]] = {}
-        for hit in cues:
-            for role, name in hit.roles:
-                if role == "cue":
-                    self.marks.setdefault(name, []).append((hit.start, hit.end))
+        self.marks = marks
+        self.doubts = not _DOUBTS.isdisjoint(marks)
+        if not self.doubts:
+            return
+        self.clauses = [0, *(i for i, c in enumerate(text, 1) if c in CLAUSE_STOPS)]
+        self.sentences = [0, *(i for i in self.clauses[1:] if text[i - 1] in STRONG_STOPS)]
 
-    def holds(self, start: int, end: int, middle: int, is_disease: bool) -> bool:
-        """Whether the sign at [start, end) is present; `middle` is where the second word of a pair starts."""
-        if not self.marks:
-            return not is_disease
-        sentence = max((stop for stop in self.sentences if stop <= start), default=0)
-        clause = max((stop for stop in self.clauses if stop <= start), default=0)
+    def keep(self, present: dict[str, str], sign: tuple[str, str], start: int, end: int, middle: int) -> None:
+        """Note a sign with its words at [start, end), if it is there; `middle` is where a pair's second word starts."""
+        name, kind = sign
+        # The longest words are kept: one word must not fire two parts of a rule.
+        if name in present and len(present[name]) >= end - start:
+            return
+        if kind != "境":
+            if self.doubts and self._doubted(start, end, middle):
+                return
+            if kind == "病" and not self._any("急性", max(0, start - 30), min(len(self.text), end + 30)):
+                return
+        present[name] = self.text[start:end]
+
+    def _doubted(self, start: int, end: int, middle: int) -> bool:
+        sentence = self.sentences[bisect.bisect_right(self.sentences, start) - 1]
+        clause = self.clauses[bisect.bisect_right(self.clauses, start) - 1]
         if self._denied(clause, start, end, middle) or self._past(sentence, start, end):
-            return False
+            return True
         if self._any("假设句", sentence, start) or self._any("转述", sentence, start):
-            return False
-        if self._any("可能", max(clause, start - 12), start) and not self._any("急性", sentence, end):
-            return False
-        return not is_disease or self._any("急性", max(0, start - 30), min(len(self.text), end + 30))
+            return True
+        return self._any("可能", max(clause, start - 12), start) and not self._any("急性", sentence, end)
 
     def _denied(self, clause: int, start: int, end: int, middle: int) -> bool:
         for s, e in self.marks.get("否定", ()):
@@ -156,15 +208,14 @@ class _Reader:
         return any(end <= s <= end + 2 for s, _ in self.marks.get("后否定", ()))
 
     def _past(self, sentence: int, start: int, end: int) -> bool:
-        healed = self.marks.get("痊愈", ())
-        if any(end <= s < end + HEALED_REACH and not self._any("现在", e, len(self.text)) for s, e in healed):
-            return True
+        for s, e in self.marks.get("痊愈", ()):
+            if end <= s < end + HEALED_REACH and not self._any("现在", e, len(self.text)):
+                return True
         past = [e for s, e in self.marks.get("过去", ()) if sentence <= s and e <= start + 1]
         return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
 
     def _any(self, name: str, start: int, end: int) -> bool:
-        spans = self.marks.get(name)
-        return spans is not None and any(start <= s and e <= end for s, e in spans)
+        return any(start <= s and e <= end for s, e in self.marks.get(name, ()))
 
 
 class _Tables:
@@ -179,76 +230,73 @@ class _Tables:
         self._read()
         self.written, self.spoken = ahocorasick.Automaton(), ahocorasick.Automaton()
         self.sounds = _sounds()
+        self.lefts = {left for wanted in self.pairs.values() for left in wanted}
         by_sound: dict[str, set[tuple[str, str]]] = {}
         for word, roles in self.words.items():
-            self.written.add_word(word, (len(word), tuple(sorted(roles))))
-            signs = {role for role in roles if role[0] == "sign"}
+            entry = self._word(word, roles)
+            self.written.add_word(word, entry)
             if (
                 len(word) >= SOUND_LENGTH
-                and signs
-                and _DENYING.isdisjoint(word)
+                and entry.signs
+                and not entry.traits & _DENYING_SIGN
                 and all("一" <= c <= "鿿" for c in word)
             ):
-                by_sound.setdefault(word.translate(self.sounds), set()).update(signs)
-        for sound, roles in by_sound.items():
-            self.spoken.add_word(sound, (len(sound), tuple(sorted(roles))))
+                by_sound.setdefault(self._sound(word), set()).update(entry.signs)
+        for sound, signs in by_sound.items():
+            self.spoken.add_word(sound, _Word(len(sound), 0, signs=tuple(sorted(signs))))
         self.written.make_automaton()
         self.spoken.make_automaton()
 
-    def hits(self, text: str) -> list[Hit]:
+    def hits(self, text: str) -> list[_Hit]:
         """Every word of the tables in the text, by its start; none that lies inside of a neutral phrase."""
-        found = [
-            Hit(end + 1 - length, end + 1, roles, text[end + 1 - length : end + 1])
-            for end, (length, roles) in self.written.iter(text)
-        ]
-        neutral = [hit for hit in found if ("cue", "中性") in hit.roles]
-        if neutral:
+        found, traits = [], 0
+        for last, word in self.written.iter(text):
+            found.append((last + 1 - word[0], last + 1, word))
+            traits |= word[1]
+        if traits & _NEUTRAL:
+            neutral = [hit for hit in found if hit[2].traits & _NEUTRAL]
             found = [hit for hit in found if not _swallowed(hit, neutral)]
         if not text.isascii():
-            written = {(hit.start, hit.end) for hit in found}
-            for end, (length, roles) in self.spoken.iter(text.translate(self.sounds)):
-                if (end + 1 - length, end + 1) not in written:
-                    found.append(Hit(end + 1 - length, end + 1, roles))
-        found = _without_cut_signs(found)
-        # A denial inside of a sign's own word (没有意识) denies nothing.
-        spans = [(hit.start, hit.end) for hit in found if hit.roles[-1][0] == "sign"]
-        found = [
-            hit
-            for hit in found
-            if hit.roles[0] not in _DENIALS or not any(s <= hit.start and hit.end <= e for s, e in spans)
-        ]
-        found.sort(key=lambda hit: (hit.start, hit.end))
+            spoken = [(last + 1 - word[0], last + 1, word) for last, word in self.spoken.iter(self._sound(text))]
+            if spoken:
+                written = {hit[:2] for hit in found}
+                found += [hit for hit in spoken if hit[:2] not in written]
+        if traits & _DENYING_SIGN:
+            found = _without_cut_signs(found)
+        if traits & _DENIAL:  # a denial inside of a sign's own word (没有意识) denies nothing
+            signs = [hit for hit in found if hit[2].signs]
+            found = [hit for hit in found if not (hit[2].traits & _DENIAL and _lies_in(hit, signs))]
+        found.sort()
         return found
 
-    def signs(self, text: str, hits: list[Hit]) -> Iterable[tuple[str, str, int, int, int]]:
-        """(sign, kind, start, end, start of the second word) for single words and pairs."""
-        for i, hit in enumerate(hits):
-            for role, name in hit.roles:
-                if role == "sign":
-                    yield name, self.kinds[name], hit.start, hit.end, hit.start
-                elif role == "group" and name in self.pairs:
-                    yield from self._pairs_ending(text, hits, i, name)
+    def _sound(self, text: str) -> str:
+        return "".join(map(self.sounds.get, text, text))
 
-    def _pairs_ending(self, text: str, hits: list[Hit], i: int, right: str):
-        end = hits[i]
-        wanted = self.pairs[right]
-        body = 0
-        for j in range(i - 1, -1, -1):
-            first = hits[j]
-            if end.start - first.end > PAIR_GAP + 6:
-                return
-            if first.end > end.start or end.start - first.end > PAIR_GAP:
-                continue
-            if not STRONG_STOPS.isdisjoint(text[first.end : end.start]):
-                return
-            for role, name in first.roles:
-                if role == "group":
-                    if name.startswith("@@"):  # words that overlap the nearest (半边身子 and 身子) are the same part
-                        if first.end < body:
-                            continue
-                        body = first.end
-                    for sign in wanted.get(name, ()):
-                        yield sign, self.kinds[sign], first.start, end.end, end.start
+    def _word(self, word: str, roles: set[tuple[str, str]]) -> _Word:
+        cues, signs, groups = (
+            sorted(name for role, name in roles if role == kind) for kind in ("cue", "sign", "group")
+        )
+        traits = _NEUTRAL if "中性" in cues else 0
+        if cues and cues[0] in _DENIALS:
+            traits |= _DENIAL
+        if signs and not _DENYING.isdisjoint(word):
+            traits |= _DENYING_SIGN
+        return _Word(
+            len(word),
+            traits,
+            cues=tuple(cues),
+            signs=self._with_kinds(signs),
+            left=tuple(name for name in groups if name in self.lefts and not name.startswith("@@")),
+            right=tuple(
+                {left: self._with_kinds(signs) for left, signs in self.pairs[name].items()}
+                for name in groups
+                if name in self.pairs
+            ),
+            body=tuple(name for name in groups if name.startswith("@@")),
+        )
+
+    def _with_kinds(self, signs: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((name, self.kinds[name]) for name in sorted(signs))
 
     def _read(self) -> None:
         with (TABLES / "cues.csv").open(encoding="utf-8-sig", newline="") as file:
@@ -282,19 +330,23 @@ class _Tables:
 
 
 _DENYING = frozenset("没不无")
-_DENIALS = {("cue", "否定"), ("cue", "否定短")}
+_DENIALS = frozenset({"否定", "否定短"})
 
 
-def _without_cut_signs(found: list[Hit]) -> list[Hit]:
+def _without_cut_signs(found: list[_Hit]) -> list[_Hit]:
     """Drop 没有呼吸 where the text goes on to 没有呼吸困难: the longer sign begins inside of it."""
-    signs = [hit for hit in found if hit.roles[-1][0] == "sign"]
-    denying = [hit for hit in signs if not _DENYING.isdisjoint(hit.text)]
-    cut = {(hit.start, hit.end) for hit in denying for other in signs if hit.start < other.start < hit.end < other.end}
-    return [hit for hit in found if (hit.start, hit.end) not in cut] if cut else found
+    signs = [hit for hit in found if hit[2].signs]
+    denying = [hit for hit in signs if hit[2].traits & _DENYING_SIGN]
+    cut = {hit[:2] for hit in denying for other in signs if hit[0] < other[0] < hit[1] < other[1]}
+    return [hit for hit in found if hit[:2] not in cut] if cut else found
 
 
-def _swallowed(hit: Hit, neutral: list[Hit]) -> bool:
-    return any(n.start <= hit.start and hit.end <= n.end and (n.start, n.end) != (hit.start, hit.end) for n in neutral)
+def _swallowed(hit: _Hit, neutral: list[_Hit]) -> bool:
+    return any(n[0] <= hit[0] and hit[1] <= n[1] and n[:2] != hit[:2] for n in neutral)
+
+
+def _lies_in(hit: _Hit, signs: list[_Hit]) -> bool:
+    return any(sign[0] <= hit[0] and hit[1] <= sign[1] for sign in signs)
 
 
 @functools.cache
@@ -302,7 +354,7 @@ def _tables() -> _Tables:
     return _Tables()
 
 
-def _sounds() -> dict[int, Any]:
+def _sounds() -> dict[str, str]:
     """One private character a syllable without tone, z/zh, c/ch, s/sh and n/ng at the end taken as one."""
     from pypinyin import Style, lazy_pinyin
 
@@ -315,5 +367,5 @@ def _sounds() -> dict[int, Any]:
                 syllable = short + syllable[2:]
         if syllable.endswith(("ing", "eng")):
             syllable = syllable[:-1]
-        table[code] = codes.setdefault(syllable, 0xE000 + len(codes))
+        table[chr(code)] = chr(codes.setdefault(syllable, 0xE000 + len(codes)))
     return table

@@ -55,8 +55,16 @@ class Rule:
     advice: str
     source: str
 
+    @functools.cached_property
+    def alternatives(self) -> tuple[frozenset[str], ...]:
+        """The groups of `needs` as sets: most rules fail by these alone."""
+        return tuple(map(frozenset, self.needs))
+
     def fired_by(self, present: dict[str, str]) -> str | None:
         """The words that fire it, or None."""
+        for alternatives in self.alternatives:
+            if alternatives.isdisjoint(present):
+                return None
         words: list[str] = []
         for alternatives in self.needs:
             found = next((w for sign in alternatives if (w := present.get(sign)) and not _same(w, words)), None)
