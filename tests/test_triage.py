@@ -29,7 +29,7 @@ def test_set_that_the_rules_were_tuned_on():
 
 
 def test_set_that_no_rule_was_tuned_on():
-    # Measured 0.907 and 0.044; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
+    # Measured 0.916 and 0.044; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
     recall, false_alarms = shares("heldout.jsonl")
     assert recall >= 0.89 and false_alarms <= 0.05
 
@@ -209,5 +209,7 @@ def test_reply_of_an_emergency_begins_with_the_fixed_text_whatever_the_scenario(
     reply = assistant.last_reply
     assert reply.urgency == EMERGENCY and reply.answer.startswith(pieces[0][1])
     assert reply.answer.count(triage.DISCLAIMER) == 1
+    said = [text for kind, text in pieces if kind == "answer"]
+    assert said == ([reply.raw_answer] if reply.raw_answer and not reply.cautions else said[:1])
     row = next(assistant.batch(["我爸突然胸口疼，出了一身冷汗"], max_tokens=4))
     assert row["urgency"] == EMERGENCY and row["answer"].startswith("【紧急】")
