@@ -10,7 +10,8 @@ from collections.abc import Iterator
 _DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 _SCALE = {"十": 10, "百": 100}
 _CHINESE = re.compile("[零〇一二两三四五六七八九十百]{1,6}(?:[点][零〇一二三四五六七八九]{1,2})?")
-_HAS_NUMBER = re.compile("[0-9零〇一二两三四五六七八九十百半]")
+# A number worth reading: 一身冷汗 and 一下子 hold none.
+_HAS_NUMBER = re.compile("[0-9]|[零〇一二两三四五六七八九十百](?:[零〇一二两三四五六七八九十百点多几来]|个?[多来几]?[度岁天周月片粒颗日])")
 
 _N = r"(\d{1,4}(?:\.\d{1,2})?)"
 _TEMPERATURE = re.compile(
@@ -19,9 +20,14 @@ _TEMPERATURE = re.compile(
 _PRESSURE = re.compile(r"(?<!\d)(\d{2,3})\s{0,2}[/／比、]\s{0,2}(\d{2,3})(?!\d)")
 _SYSTOLIC = re.compile(r"(?:高压|收缩压|血压|bp)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
 _GLUCOSE = re.compile(rf"(?:血糖|血唐|餐后|空腹)[^0-9，。；、天]{{0,8}}{_N}|(?<!\d){_N}\s{{0,2}}mmol")
+# What a glucose meter shows beyond its range.
+_GLUCOSE_DISPLAY = re.compile("血糖[^，。；]{0,8}?(hi|lo)(?![a-z])")
 _OXYGEN = re.compile(r"(?:血氧|氧饱和度|饱和度|spo2|o2)[^0-9，。；]{0,8}(\d{2,3})")
 _AGE = re.compile(
     r"(?<![\d.])(\d{1,3})(天|日龄|周龄|周|个月|月龄|月大|岁)(?:大|的|零|多|，|,|男|女|婴|宝|娃|孩|新|了)?"
+)
+_AGE_IN_DAYS = re.compile(
+    r"(?:出生|生后|生下来|落地|[才刚只有是儿]|宝宝|娃|孩子|崽|囡)[^，。；了过烧拉咳吐第]{0,2}\d{1,3}[天周]|\d[天周](?:大|的|龄|多大|[男女]?[宝婴娃])"
 )
 _WEEKS = re.compile(
     r"(?:孕|怀孕|妊娠|pregnant)[^0-9，。；]{0,6}(\d{1,2})\s{0,1}(周|个月|个多月|weeks|w|月)|(\d{1,2})\s{0,1}(?:周|weeks)[^0-9，。；]{0,4}(?:孕|pregnant)"
@@ -59,6 +65,9 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
     Args:
         text: normalised (half-width, lower case).
     """
+    for match in _GLUCOSE_DISPLAY.finditer(text):
+        for sign in ("血糖高值", "血糖极高") if match[1] == "hi" else ("血糖低值",):
+            yield sign, match[0]
     if not _HAS_NUMBER.search(text):
         return
     text = chinese_to_digits(text)
@@ -133,6 +142,8 @@ def _ages(text: str) -> Iterator[tuple[str, str]]:
         around = text[max(0, match.start() - 8) : match.end() + 6]
         if "孕" in around or not any(word in around for word in _CHILD):
             continue
+        if unit in ("天", "周") and not _AGE_IN_DAYS.search(around):
+            continue  # 孩子烧了三天 tells no age
         days = value * {"天": 1, "日龄": 1, "周龄": 7, "周": 7}.get(unit, 30)
         if days <= 92 and not (unit in ("个月",) and value >= 3):
             yield "三月内", match[0]

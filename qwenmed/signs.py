@@ -11,10 +11,11 @@ import csv
 import functools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 TABLES = Path(__file__).with_name("urgency")
 
@@ -27,26 +28,8 @@ SHORT_NEGATION_REACH = 1
 HEALED_REACH = 40
 PIECE_LENGTH = 150
 
-# Traditional characters (and some Cantonese ones) with what the tables have for them, one after the other.
-_PAIRS = (
-    "萬万業业東东絲丝兩两嚴严喪丧個个臨临爲为舉举麼么義义烏乌樂乐習习書书買买亂乱於于亞亚產产親亲僅仅從从侖仑儀仪價价衆众優优夥伙會会傳传傷伤倫伦體体側侧傾倾"
-    "兒儿兌兑黨党關关養养內内寫写軍军農农凍冻淨净準准涼凉減减幾几擊击劃划則则剛刚別别劑剂剝剥劇剧辦办動动勁劲區区醫医華华單单賣卖滷卤臥卧衛卫卻却歷历厲厉壓压"
-    "厭厌廁厕參参雙双發发變变疊叠臺台葉叶號号嘆叹喫吃後后嚇吓嗎吗聽听嘔呕員员嗆呛嚨咙響响啞哑譁哗脣唇喚唤噴喷囑嘱嚕噜團团園园圍围圓圆場场壞坏塊块堅坚墜坠聲声"
-    "殼壳處处備备復复夠够頭头夾夹獎奖奧奥婦妇媽妈嬰婴孫孙學学寧宁寶宝實实寵宠宮宫對对尋寻導导爾尔尷尴盡尽層层屜屉屬属歲岁島岛嶽岳幣币帥帅師师簾帘帶带幫帮幹干"
-    "並并牀床應应開开異异張张彎弯彈弹強强歸归當当錄录徵征憶忆懷怀總总惡恶驚惊懼惧慘惨願愿戲戏戰战戶户撲扑執执摳抠搶抢護护報报擔担擬拟擰拧撥拨擇择攣挛撓挠擋挡"
-    "擠挤撈捞換换據据擺摆搖摇撐撑攢攒敵敌數数斷断無无舊旧時时顯显曬晒曉晓暈晕暫暂術术機机殺杀槓杠條条來来棗枣槍枪梔栀標标樹树樣样橋桥夢梦檢检樓楼櫻樱殘残畢毕"
-    "氣气氫氢湯汤溝沟瀝沥淚泪瀉泻潑泼潔洁灑洒淺浅濁浊測测渾浑濃浓塗涂湧涌滌涤澀涩滲渗溫温遊游溼湿潰溃濺溅滾滚滿满灘滩瀦潴瀕濒滅灭燈灯靈灵災灾爐炉點点爛烂煙烟"
-    "煩烦燒烧燙烫熱热燜焖愛爱爺爷牽牵狀状豬猪貓猫環环現现電电畫画療疗瘍疡瘡疮瘋疯皰疱痙痉癢痒癇痫癡痴癱瘫癲癫皁皂皺皱鹽盐監监盤盘睜睁確确礙碍鹼碱禍祸離离種种"
-    "祕秘積积稱称穩稳竄窜窩窝筆笔篩筛籤签簡简籃篮類类糞粪糉粽緊紧紅红級级紀纪紗纱紙纸紐纽線线紺绀練练細细織织絆绊紹绍經经結结給给絕绝絞绞統统繼继續续繩绳維维"
-    "綿绵繃绷綜综綠绿緩缓緣缘縫缝纏缠縮缩網网羅罗羨羡羣群翹翘聾聋職职腸肠膚肤腎肾腫肿脹胀膽胆膠胶脈脉髒脏臍脐腦脑膿脓腳脚脫脱臉脸膩腻藝艺蒼苍蘇苏蘋苹範范薦荐"
-    "蕩荡蕁荨藥药藍蓝慮虑虛虚蟲虫蝦虾蟄蛰蠟蜡蠍蝎裝装褲裤見见觀观規规視视覺觉觸触計计認认討讨讓让訓训記记講讲論论設设訣诀證证評评識识訴诉診诊詞词譯译試试話话"
-    "該该詳详語语誤误誘诱說说誦诵請请諾诺讀读課课調调談谈謂谓謠谣譜谱貝贝敗败貨货質质貫贯賤贱費费資资賠赔賴赖蹤踪車车軋轧軌轨轉转輪轮軟软輕轻輩辈輸输邊边達达"
-    "過过運运還还這这進进遠远連连遲迟適适選选遺遗鄰邻鬱郁醬酱採采釋释裏里鑑鉴針针釘钉鈍钝鍾钟鋼钢鉤钩鈕钮錢钱鑽钻鐵铁鋁铝銀银銷销鎖锁鋰锂鍋锅鏽锈鋅锌錯错鑼锣"
-    "錘锤鋸锯鎮镇鏡镜長长門门閃闪閉闭問问間间悶闷鬧闹閨闺聞闻闌阑隊队陽阳陰阴陣阵險险隱隐難难靂雳霧雾黴霉靜静頂顶項项順顺顧顾頓顿預预頸颈頜颌頻频顆颗題题額额"
-    "顳颞顛颠顫颤風风飄飘飆飙飛飞飯饭飲饮餃饺餓饿饅馒馬马驅驱驗验驟骤魚鱼鮮鲜鯊鲨雞鸡鳴鸣鵝鹅黃黄齊齐齒齿齡龄齦龈龍龙為为眾众汙污洩泄痺痹著着睪睾裡里衞卫濕湿"
-    "説说鈎钩唔不冇没咗了瞓睡佢他喺在攞拿嚟来麽么"
-)
-_TRADITIONAL = str.maketrans(dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True)))
+# What OpenCC leaves: Cantonese words, and variants of which it takes both as simplified.
+_VARIANTS = str.maketrans("痺著睪衞唔冇咗瞓佢喺攞嚟嘅啲哋嗰睇諗谂畀俾咀囗", "痹着睾卫不没了睡他在拿来的些们那看想想给给嘴口")
 
 
 class _Word(NamedTuple):
@@ -60,7 +43,7 @@ class _Word(NamedTuple):
     cues: tuple[str, ...] = ()
     signs: tuple[tuple[str, str], ...] = ()  # (sign, kind)
     left: tuple[str, ...] = ()
-    right: tuple[dict[str, tuple[tuple[str, str], ...]], ...] = ()
+    right: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType({})  # first group of a pair → its signs
     body: tuple[str, ...] = ()
 
 
@@ -89,10 +72,25 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).lower()
     if text.isascii():
         return " ".join(text.split())
-    text = text.translate(_TRADITIONAL)
+    text = _simplified(text)
     if text.isprintable() and " " not in text:
         return text
     return _BLANK.sub("", "".join(c for c in text if c.isprintable() or c in " \n"))
+
+
+def _simplified(text: str) -> str:
+    text = _opencc().convert(text)
+    return text if _VARIANTS_AS_SET.isdisjoint(text) else text.translate(_VARIANTS)
+
+
+_VARIANTS_AS_SET = frozenset(map(chr, _VARIANTS))
+
+
+@functools.cache
+def _opencc() -> Any:
+    import opencc
+
+    return opencc.OpenCC("t2s")
 
 
 # A blank, unless it stands between two Latin words or numbers.
@@ -138,24 +136,24 @@ def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
 def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[int, tuple[tuple[str, str], ...]]]:
     """(start, signs) for the pairs of which hits[i] is the second word."""
     middle, _, second = hits[i]
-    for wanted in second.right:
-        body = 0
-        for j in range(i - 1, -1, -1):
-            start, end, first = hits[j]
-            gap = middle - end
-            if gap > PAIR_GAP + 6:
-                break
-            if gap < 0 or gap > PAIR_GAP or not (first.left or first.body):
-                continue
-            if gap and not STRONG_STOPS.isdisjoint(text[end:middle]):
-                break
-            groups = first.left
-            if first.body and end >= body:  # words that overlap the nearest (半边身子 and 身子) are the same part
-                body = end
-                groups = first.body + groups
-            for name in groups:
-                if name in wanted:
-                    yield start, wanted[name]
+    wanted = second.right
+    body = 0
+    for j in range(i - 1, -1, -1):
+        start, end, first = hits[j]
+        gap = middle - end
+        if gap > PAIR_GAP + 6:
+            return
+        if gap < 0 or gap > PAIR_GAP or not (first.left or first.body):
+            continue
+        if gap and not STRONG_STOPS.isdisjoint(text[end:middle]):
+            return
+        groups = first.left
+        if first.body and end >= body:  # words that overlap the nearest (半边身子 and 身子) are the same part
+            body = end
+            groups = first.body + groups
+        for name in groups:
+            if name in wanted:
+                yield start, wanted[name]
 
 
 # The marks that can make a sign not count.
@@ -281,17 +279,17 @@ class _Tables:
             traits |= _DENIAL
         if signs and not _DENYING.isdisjoint(word):
             traits |= _DENYING_SIGN
+        right: dict[str, set[str]] = {}
+        for name in groups:
+            for left, pair_signs in self.pairs.get(name, {}).items():
+                right.setdefault(left, set()).update(pair_signs)
         return _Word(
             len(word),
             traits,
             cues=tuple(cues),
             signs=self._with_kinds(signs),
             left=tuple(name for name in groups if name in self.lefts and not name.startswith("@@")),
-            right=tuple(
-                {left: self._with_kinds(signs) for left, signs in self.pairs[name].items()}
-                for name in groups
-                if name in self.pairs
-            ),
+            right={left: self._with_kinds(pair_signs) for left, pair_signs in right.items()},
             body=tuple(name for name in groups if name.startswith("@@")),
         )
 
@@ -326,7 +324,7 @@ class _Tables:
         return word
 
     def _add(self, word: str, role: tuple[str, str]) -> None:
-        self.words.setdefault(word.replace("_", " ").lower(), set()).add(role)
+        self.words.setdefault(_simplified(word.replace("_", " ").lower()), set()).add(role)
 
 
 _DENYING = frozenset("没不无")
