@@ -29,7 +29,9 @@ HEALED_REACH = 40
 PIECE_LENGTH = 150
 
 # What OpenCC leaves: Cantonese words, and variants of which it takes both as simplified.
-_VARIANTS = str.maketrans("痺著睪衞唔冇咗瞓佢喺攞嚟嘅啲哋嗰睇諗谂畀俾咀囗", "痹着睾卫不没了睡他在拿来的些们那看想想给给嘴口")
+_VARIANTS = str.maketrans(
+    "痺著睪衞唔冇咗瞓佢喺攞嚟嘅啲哋嗰睇諗谂畀俾咀囗", "痹着睾卫不没了睡他在拿来的些们那看想想给给嘴口"
+)
 
 
 class _Word(NamedTuple):
