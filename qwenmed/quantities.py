@@ -34,6 +34,9 @@ _AGE_IN_DAYS = re.compile(
 _WEEKS = re.compile(
     r"(?:孕|怀孕|妊娠|pregnant)[^0-9，。；]{0,6}(\d{1,2})\s{0,1}(周|个月|个多月|weeks|w|月)|(\d{1,2})\s{0,1}(?:周|weeks)[^0-9，。；]{0,4}(?:孕|pregnant)"
 )
+# 羊水破了，才30周: the weeks alone, where something else tells of a pregnancy.
+_BARE_WEEKS = re.compile(r"(?<!\d)(\d{1,2})\s?周(?![岁年前])")
+_LATE_PREGNANCY = ("羊水", "胎动", "宫缩", "见红", "胎心", "胎儿", "产检", "预产期")
 _TABLETS = re.compile(r"(?<!\d)(\d{1,3})(?:多|几|来)?\s{0,2}(?:片|粒|颗|个胶囊|胶囊|tablets|pills)")
 _HEART_RATE = re.compile(r"(?:心率|心跳|脉搏|pulse)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
 _CHILD = ("宝", "娃", "婴", "孩", "儿", "小家伙", "囡", "崽", "大的", "baby", "妹妹", "弟弟")
@@ -119,17 +122,23 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
             yield "血氧偏低", match[0]
     yield from _ages(text)
     for match in _WEEKS.finditer(text):
-        weeks = int(match[1] or match[3]) * (4 if match[2] and "月" in match[2] else 1)
-        if 20 <= weeks <= 43:
-            yield "孕20周", match[0]
-        if 20 <= weeks < 37:
-            yield "未足月", match[0]
+        yield from _pregnant(int(match[1] or match[3]) * (4 if match[2] and "月" in match[2] else 1), match[0])
+    if any(word in text for word in _LATE_PREGNANCY):
+        for match in _BARE_WEEKS.finditer(text):
+            yield from _pregnant(int(match[1]), match[0])
     for match in _TABLETS.finditer(text):
         if int(match[1]) >= 8:
             yield "药量大", match[0]
     for match in _HEART_RATE.finditer(text):
         if int(match[1]) >= 150 or int(match[1]) < 40:
             yield "心率危险", match[0]
+
+
+def _pregnant(weeks: int, words: str) -> Iterator[tuple[str, str]]:
+    if 20 <= weeks <= 43:
+        yield "孕20周", words
+    if 20 <= weeks < 37:
+        yield "未足月", words
 
 
 def _ages(text: str) -> Iterator[tuple[str, str]]:

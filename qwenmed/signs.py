@@ -128,20 +128,23 @@ def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
     reader = _Reader(text, marks)
     for i, (start, end, word) in enumerate(hits):
         for sign in word.signs:
-            reader.keep(present, sign, start, end, start)
+            reader.keep(present, sign, text[start:end], start, end, start)
         if word.right:
-            for begin, signs in _pairs_ending(text, hits, i):
+            for first, signs in _pairs_ending(text, hits, i):
+                # What stands between the two is none of the sign's words: 右眼突然看不见 is a sudden loss of sight.
+                gap = "…" if first[1] < start else ""
+                words = f"{text[first[0] : first[1]]}{gap}{text[start:end]}"
                 for sign in signs:
-                    reader.keep(present, sign, begin, end, start)
+                    reader.keep(present, sign, words, first[0], end, start)
 
 
-def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[int, tuple[tuple[str, str], ...]]]:
-    """(start, signs) for the pairs of which hits[i] is the second word."""
+def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[_Hit, tuple[tuple[str, str], ...]]]:
+    """(first word, signs) for the pairs of which hits[i] is the second word."""
     middle, _, second = hits[i]
     wanted = second.right
     body = 0
     for j in range(i - 1, -1, -1):
-        start, end, first = hits[j]
+        _, end, first = hits[j]
         gap = middle - end
         if gap > PAIR_GAP + 6:
             return
@@ -155,7 +158,7 @@ def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[int, tu
             groups = first.body + groups
         for name in groups:
             if name in wanted:
-                yield start, wanted[name]
+                yield hits[j], wanted[name]
 
 
 # The marks that can make a sign not count.
@@ -166,7 +169,7 @@ class _Reader:
     """Decides from the marks around it whether a sign is there now."""
 
     def __init__(self, text: str, marks: dict[str, list[tuple[int, int]]]) -> None:
-        self.text = text
+        self.length = len(text)
         self.marks = marks
         self.doubts = not _DOUBTS.isdisjoint(marks)
         if not self.doubts:
@@ -174,18 +177,20 @@ class _Reader:
         self.clauses = [0, *(i for i, c in enumerate(text, 1) if c in CLAUSE_STOPS)]
         self.sentences = [0, *(i for i in self.clauses[1:] if text[i - 1] in STRONG_STOPS)]
 
-    def keep(self, present: dict[str, str], sign: tuple[str, str], start: int, end: int, middle: int) -> None:
+    def keep(
+        self, present: dict[str, str], sign: tuple[str, str], words: str, start: int, end: int, middle: int
+    ) -> None:
         """Note a sign with its words at [start, end), if it is there; `middle` is where a pair's second word starts."""
         name, kind = sign
         # The longest words are kept: one word must not fire two parts of a rule.
-        if name in present and len(present[name]) >= end - start:
+        if name in present and len(present[name]) >= len(words):
             return
         if kind != "境":
             if self.doubts and self._doubted(start, end, middle):
                 return
-            if kind == "病" and not self._any("急性", max(0, start - 30), min(len(self.text), end + 30)):
+            if kind == "病" and not self._any("急性", max(0, start - 30), min(self.length, end + 30)):
                 return
-        present[name] = self.text[start:end]
+        present[name] = words
 
     def _doubted(self, start: int, end: int, middle: int) -> bool:
         sentence = self.sentences[bisect.bisect_right(self.sentences, start) - 1]
@@ -209,7 +214,7 @@ class _Reader:
 
     def _past(self, sentence: int, start: int, end: int) -> bool:
         for s, e in self.marks.get("痊愈", ()):
-            if end <= s < end + HEALED_REACH and not self._any("现在", e, len(self.text)):
+            if end <= s < end + HEALED_REACH and not self._any("现在", e, self.length):
                 return True
         past = [e for s, e in self.marks.get("过去", ()) if sentence <= s and e <= start + 1]
         return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
