@@ -16,13 +16,15 @@ sys.path.insert(0, str(ROOT))
 
 from qwenmed import files, triage  # noqa: E402
 
+SETS = ("dev", "dev_wide", "heldout", "heldout_wide")
+ROUNDS = 5
 LEVELS = (triage.EMERGENCY, triage.URGENT, triage.ROUTINE)
 
 
 def main() -> None:
     """Measure each set."""
     triage.assess("胸口疼")  # loads the tables
-    results = {name: measure(ROOT / "tests" / "triage" / f"{name}.jsonl") for name in ("dev", "heldout")}
+    results = {name: measure(ROOT / "tests" / "triage" / f"{name}.jsonl") for name in SETS}
     folder = ROOT / "benchmarks" / "results"
     files.write_json(folder / "triage.json", {"python": platform.python_version(), "sets": results})
 
@@ -30,9 +32,11 @@ def main() -> None:
 def measure(path: Path) -> dict:
     """Confusion counts, recall, false alarms and speed on one set."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    started = time.perf_counter()
-    found = [triage.assess(row["question"]).level for row in rows]
-    seconds = time.perf_counter() - started
+    seconds = float("inf")
+    for _ in range(ROUNDS):  # the quickest of several: other programs only ever slow one down
+        started = time.process_time()
+        found = [triage.assess(row["question"]).level for row in rows]
+        seconds = min(seconds, time.process_time() - started)
     counts = Counter(zip((row["label"] for row in rows), found, strict=True))
     total = {label: sum(counts[label, level] for level in LEVELS) for label in LEVELS}
     alarms = sum(counts[label, triage.EMERGENCY] for label in LEVELS[1:])
@@ -45,7 +49,7 @@ def measure(path: Path) -> dict:
     }
     print(path.name, json.dumps(result, ensure_ascii=False))
     for row, level in zip(rows, found, strict=True):
-        if path.stem == "dev" and (row["label"] == triage.EMERGENCY) != (level == triage.EMERGENCY):
+        if path.stem.startswith("dev") and (row["label"] == triage.EMERGENCY) != (level == triage.EMERGENCY):
             print(f"  {row['label']} → {level}: {row['question']}")
     return result
 

@@ -21,15 +21,27 @@ _TEMPERATURE = re.compile(
 )
 _PRESSURE = re.compile(r"(?<!\d)(\d{2,3})\s{0,2}[/／比、]\s{0,2}(\d{2,3})(?!\d)")
 _SYSTOLIC = re.compile(r"(?:高压|收缩压|血压|bp)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
-_GLUCOSE = re.compile(rf"(?:血糖|血唐|餐后|空腹)[^0-9，。；、天]{{0,8}}{_N}|(?<!\d){_N}\s{{0,2}}mmol")
+_GLUCOSE = re.compile(
+    rf"(?:血糖|血唐|血搪|雪糖|餐后|空腹|glucose|sugar)(?:[^0-9，。；、天]{{0,8}}[1-9][次遍回个][^0-9，。；]{{0,6}}|[^0-9，。；、天]{{0,10}}){_N}(?!\d|\.|\s?mg|\s?(?:天|岁|点|小时|分钟|年|个月|次))|(?<!\d){_N}\s{{0,2}}mmol"
+)
+_GLUCOSE_MG = re.compile(
+    r"(?:血糖|glucose|sugar)[^0-9，。；]{0,14}(\d{2,4})\s?(?:mg)|(?:sugar|glucose)[^0-9，。；]{0,14}(\d{2,4})(?!\.|\d)"
+)
 # What a glucose meter shows beyond its range.
 _GLUCOSE_DISPLAY = re.compile("血糖[^，。；]{0,8}?(hi|lo)(?![a-z])")
-_OXYGEN = re.compile(r"(?:血氧|氧饱和度|饱和度|spo2|o2)[^0-9，。；]{0,8}(\d{2,3})")
+_OXYGEN = re.compile(
+    r"(?:血氧|脉氧|氧夹|雪氧|血养|氧饱和|饱和度|氧合|spo2|o2|oxygen|sats?\b)((?:(?!心率|脉搏|心跳|血压|体温|呼吸|年龄|岁|烧)[^。；!?！？]){0,32})"
+)
+# Two digits that are no date, time, age or count: 血氧仪换了2个都显示81.
+_PERCENT = re.compile(
+    r"(?<![\d.])(\d{2,3})(?![\d.]|\s?(?:岁|天|次|个|分钟|小时|点|度|周|年|月|号|床|升|块|斤|kg|min|hour|days|yo|years|/))"
+)
+_USUAL = re.compile("平时|平常|正常|以前|本来|往常|原来|一般|标准|应该|之前")
+_BREATHS = re.compile(
+    r"呼吸(?:频率|次数)?(?:每分钟|1分钟|一分钟)?[^0-9，,。；;吸停]{0,6}(\d{2,3})\s?(?:多|几|来)?(?:次|下|/分|回|左右|$|，|,|。)"
+)
 _AGE = re.compile(
     r"(?<![\d.])(\d{1,3})(天|日龄|周龄|周|个月|月龄|月大|岁)(?:大|的|零|多|，|,|男|女|婴|宝|娃|孩|新|了)?"
-)
-_AGE_IN_DAYS = re.compile(
-    r"(?:出生|生后|生下来|落地|[才刚只有是儿]|宝宝|娃|孩子|崽|囡)[^，。；了过烧拉咳吐第]{0,2}\d{1,3}[天周]|\d[天周](?:大|的|龄|多大|[男女]?[宝婴娃])"
 )
 _WEEKS = re.compile(
     r"(?:孕|怀孕|妊娠|pregnant)[^0-9，。；]{0,6}(\d{1,2})\s{0,1}(周|个月|个多月|weeks|w|月)|(\d{1,2})\s{0,1}(?:周|weeks)[^0-9，。；]{0,4}(?:孕|pregnant)"
@@ -39,7 +51,32 @@ _BARE_WEEKS = re.compile(r"(?<!\d)(\d{1,2})\s?周(?![岁年前])")
 _LATE_PREGNANCY = ("羊水", "胎动", "宫缩", "见红", "胎心", "胎儿", "产检", "预产期")
 _TABLETS = re.compile(r"(?<!\d)(\d{1,3})(?:多|几|来)?\s{0,2}(?:片|粒|颗|个胶囊|胶囊|tablets|pills)")
 _HEART_RATE = re.compile(r"(?:心率|心跳|脉搏|pulse)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
-_CHILD = ("宝", "娃", "婴", "孩", "儿", "小家伙", "囡", "崽", "大的", "baby", "妹妹", "弟弟")
+_DURATION = re.compile("(?:[了第后前烧近这那续吐拉咳院休每隔过药]|[了近]快|已经|差不多)$")
+_CHILD = (
+    "宝",
+    "娃",
+    "婴",
+    "孩",
+    "儿",
+    "小家伙",
+    "囡",
+    "崽",
+    "大的",
+    "日龄",
+    "月龄",
+    "出生",
+    "生下",
+    "早产",
+    "喂奶",
+    "吃奶",
+    "吐奶",
+    "吮",
+    "囟",
+    "脐",
+    "baby",
+    "妹妹",
+    "弟弟",
+)
 
 
 def chinese_to_digits(text: str) -> str:
@@ -115,11 +152,22 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
             yield "血糖高值", match[0]
         if 33 <= value <= 60:
             yield "血糖极高", match[0]
+        if 3.0 <= value < 3.9:
+            yield "血糖偏低值", match[0]
+    for match in _GLUCOSE_MG.finditer(text):
+        value = float(match[1] or match[2]) / 18
+        if 10 / 18 <= value < 3.0 and (match[1] or value > 33 / 18):
+            yield "血糖低值", match[0]
+        elif 16.7 <= value < 60:
+            yield "血糖高值", match[0]
+        if 33 <= value < 60:
+            yield "血糖极高", match[0]
     for match in _OXYGEN.finditer(text):
-        if 40 <= int(match[1]) < 90:
-            yield "血氧低", match[0]
-        elif int(match[1]) < 94 and int(match[1]) >= 90:
-            yield "血氧偏低", match[0]
+        yield from _oxygen(match)
+    for match in _BREATHS.finditer(text):
+        limit = 60 if any(word in text for word in _CHILD) else 30
+        if limit <= int(match[1]) <= 120:
+            yield "呼吸数快", match[0]
     yield from _ages(text)
     for match in _WEEKS.finditer(text):
         yield from _pregnant(int(match[1] or match[3]) * (4 if match[2] and "月" in match[2] else 1), match[0])
@@ -132,6 +180,22 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
     for match in _HEART_RATE.finditer(text):
         if int(match[1]) >= 150 or int(match[1]) < 40:
             yield "心率危险", match[0]
+        if 120 <= int(match[1]) <= 250:
+            yield "心率快", match[0]
+
+
+def _oxygen(match: re.Match[str]) -> Iterator[tuple[str, str]]:
+    """The last saturation named after the word, usual and normal values left out (平时95，现在82)."""
+    tail, value, end = match[1], None, 0
+    for number in _PERCENT.finditer(tail):
+        before = tail[end : number.start()]
+        if 40 <= int(number[1]) <= 100 and not _USUAL.search(before):
+            value = int(number[1]) - bool(
+                re.search("不到|低于|不足|小于|below|under", before) or tail[number.end() :].startswith("以下")
+            )
+        end = number.end()
+    if value is not None and value < 94:
+        yield ("血氧低" if value < 90 else "血氧偏低"), match[0]
 
 
 def _pregnant(weeks: int, words: str) -> Iterator[tuple[str, str]]:
@@ -153,8 +217,9 @@ def _ages(text: str) -> Iterator[tuple[str, str]]:
         around = text[max(0, match.start() - 8) : match.end() + 6]
         if "孕" in around or not any(word in around for word in _CHILD):
             continue
-        if unit in ("天", "周") and not _AGE_IN_DAYS.search(around):
-            continue  # 孩子烧了三天 tells no age
+        before = text[max(0, match.start() - 4) : match.start()]
+        if "龄" not in unit and not re.search("生|龄|产", before) and _DURATION.search(before):
+            continue
         days = value * {"天": 1, "日龄": 1, "周龄": 7, "周": 7}.get(unit, 30)
         if days <= 92 and not (unit in ("个月",) and value >= 3):
             yield "三月内", match[0]

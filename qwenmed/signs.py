@@ -49,8 +49,8 @@ class _Word(NamedTuple):
     body: tuple[str, ...] = ()
 
 
-# Traits: a neutral phrase; a mark that denies; a sign whose own words deny (没有意识).
-_NEUTRAL, _DENIAL, _DENYING_SIGN = 1, 2, 4
+# Traits: a neutral phrase; a mark that denies; a sign whose own words deny (没有意识); a Latin word.
+_NEUTRAL, _DENIAL, _DENYING_SIGN, _LATIN = 1, 2, 4, 8
 
 # A word of the tables in the text: half-open [start, end).
 _Hit = tuple[int, int, _Word]
@@ -258,6 +258,8 @@ class _Tables:
         for last, word in self.written.iter(text):
             found.append((last + 1 - word[0], last + 1, word))
             traits |= word[1]
+        if traits & _LATIN:  # his holds no hi
+            found = [hit for hit in found if not (hit[2].traits & _LATIN and _inside_latin(text, hit))]
         if traits & _NEUTRAL:
             neutral = [hit for hit in found if hit[2].traits & _NEUTRAL]
             found = [hit for hit in found if not _swallowed(hit, neutral)]
@@ -286,6 +288,8 @@ class _Tables:
             traits |= _DENIAL
         if signs and not _DENYING.isdisjoint(word):
             traits |= _DENYING_SIGN
+        if word.isascii() and word[0].isalpha():
+            traits |= _LATIN
         right: dict[str, set[str]] = {}
         for name in groups:
             for left, pair_signs in self.pairs.get(name, {}).items():
@@ -344,6 +348,13 @@ def _without_cut_signs(found: list[_Hit]) -> list[_Hit]:
     denying = [hit for hit in signs if hit[2].traits & _DENYING_SIGN]
     cut = {hit[:2] for hit in denying for other in signs if hit[0] < other[0] < hit[1] < other[1]}
     return [hit for hit in found if hit[:2] not in cut] if cut else found
+
+
+def _inside_latin(text: str, hit: _Hit) -> bool:
+    """Whether a Latin word begins inside of another, or, being short, ends inside of one (longer ones may be stems)."""
+    start, end, word = hit
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return (before.isascii() and before.isalpha()) or (word.length <= 4 and after.isascii() and after.isalpha())
 
 
 def _swallowed(hit: _Hit, neutral: list[_Hit]) -> bool:

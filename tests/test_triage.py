@@ -29,9 +29,20 @@ def test_set_that_the_rules_were_tuned_on():
 
 
 def test_set_that_no_rule_was_tuned_on():
-    # Measured 0.916 and 0.044; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
+    # Measured 0.929 and 0.028; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
     recall, false_alarms = shares("heldout.jsonl")
-    assert recall >= 0.89 and false_alarms <= 0.05
+    assert recall >= 0.92 and false_alarms <= 0.035
+
+
+def test_wider_set_that_the_rules_were_tuned_on():
+    recall, false_alarms = shares("dev_wide.jsonl")
+    assert recall >= 0.94 and false_alarms <= 0.05
+
+
+def test_wider_set_that_no_rule_was_tuned_on():
+    # Written by others, in looser language; the aim is 0.98 and 0.03 here too. Never read its misses.
+    recall, false_alarms = shares("heldout_wide.jsonl")
+    assert recall >= 0.87 and false_alarms <= 0.09
 
 
 @pytest.mark.parametrize(
@@ -90,7 +101,9 @@ def test_signs_of_two_messages_are_read_together():
         ("体温38.5", "体温38"), ("烧到39度2", "体温39"), ("三十八度五", "体温38"), ("血压180/110", "血压180"),
         ("高压二百", "血压180"), ("血糖2.8", "血糖低值"), ("血糖28", "血糖高值"), ("血氧85", "血氧低"),
         ("45天大的宝宝", "三月内"), ("孩子两个月", "三月内"), ("怀孕33周", "孕20周"), ("吃了30片", "药量大"),
-        ("心率160", "心率危险"),
+        ("心率160", "心率危险"), ("血糖仪显示HI", "血糖极高"), ("血糖仪显示LO", "血糖低值"),
+        ("平时血氧95，现在掉到82", "血氧低"), ("血氧仪换了两个都显示81", "血氧低"), ("怀孕七个多月", "孕20周"),
+        ("羊水破了，才30周", "未足月"), ("日龄12天", "新生儿"),
     ],
 )  # fmt: skip
 def test_numbers_become_signs(text, sign):
@@ -101,6 +114,32 @@ def test_numbers_become_signs(text, sign):
 def test_ordinary_numbers_do_not(text):
     found = set(dict(quantities.signs_from_numbers(signs.normalise(text)))) - {"儿童", "老人"}
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"), [("孩子烧了3天", "三月内"), ("宝宝第3天发烧", "新生儿"), ("血氧平时95", "血氧低")]
+)
+def test_days_of_an_illness_are_no_age_and_usual_values_no_finding(text, sign):
+    assert sign not in dict(quantities.signs_from_numbers(signs.normalise(text)))
+
+
+def test_traditional_and_cantonese_characters_are_read():
+    assert signs.normalise("佢冇呼吸，嘴唇發紫，裡著") == "他没呼吸,嘴唇发紫,里着"
+    assert assess("阿嬤吃麻糬噎到，現在整個人沒呼吸").level == EMERGENCY
+
+
+def test_latin_words_are_not_found_inside_of_others():
+    assert assess("his son is vomiting").level != EMERGENCY
+    assert assess("he can't breathe and his lips are turning blue").level == EMERGENCY
+
+
+def test_word_between_the_two_of_a_pair_still_counts_by_itself():
+    # 突然 stands between 右眼 and 看不见; it was once swallowed by their sign.
+    assert assess("右眼突然什么都看不见了，不疼").level == EMERGENCY
+
+
+def test_two_danger_signs_are_an_emergency_even_where_no_other_rule_fits():
+    assert any("危1" in reason for reason in assess("他脸色惨白，神志不清").reasons)
 
 
 def test_every_rule_can_fire_and_says_where_it_comes_from():
