@@ -1,5 +1,6 @@
 # make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 3 分钟）
 # make test   全部测试
+# make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make lint   代码检查
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
@@ -10,7 +11,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test lint fuzz lock audit clean
+.PHONY: demo test test-faults lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -48,7 +49,12 @@ QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼�
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults
+
+# 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
+test-faults: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults
+	$(PY) tests/faults/tally.py
 
 lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ is never chosen by `latest`, `best` or `--resume`. `checkpoint.json` beside the 
 import json
 import math
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,20 @@ def check_weights(path: Path) -> None:
         pickled = (path / "adapter_model.bin").is_file()
         how = "只有 adapter_model.bin：pickle 能执行代码，不载入；转换方法见 SECURITY.md"
         raise UserError(f"LoRA 检查点缺少 {ADAPTER_WEIGHTS}", path, how if pickled else "请换一个检查点，或重新训练")
+
+
+def check_states(path: Path) -> None:
+    """Make sure that the states a training resumes from are whole; torch keeps each as a zip archive.
+
+    Raises:
+        UserError: one is empty or cut off.
+    """
+    for state in sorted([*path.glob("*.pt"), *path.glob("*.pth")]):
+        with state.open("rb") as file:
+            start = file.read(2)
+        if not start or (start == b"PK" and not zipfile.is_zipfile(state)):
+            remedy = f"删除目录 {path.name} 后用 --resume 从前一个检查点继续"
+            raise UserError("优化器、调度器或随机数的状态不完整", state, remedy)
 
 
 def write_card(path: Path, card: dict[str, Any]) -> None:

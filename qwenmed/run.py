@@ -138,6 +138,7 @@ class Run:
         finished = checkpoints.finished_checkpoints(self.folder)
         if finished:
             checkpoints.check_weights(finished[-1])
+            checkpoints.check_states(finished[-1])
         cli.note(f"从 {finished[-1]} 继续训练" if finished else "没有可以继续的检查点，从头开始训练")
         return finished[-1] if finished else None
 
