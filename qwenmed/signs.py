@@ -234,7 +234,7 @@ class _Tables:
         self.pairs: dict[str, dict[str, set[str]]] = {}  # right group → left group → signs
         self._read()
         self.written, self.spoken = ahocorasick.Automaton(), ahocorasick.Automaton()
-        self.sounds = _sounds()
+        self.sounds = _Sounds()
         self.lefts = {left for wanted in self.pairs.values() for left in wanted}
         by_sound: dict[str, set[tuple[str, str]]] = {}
         for word, roles in self.words.items():
@@ -277,7 +277,7 @@ class _Tables:
         return found
 
     def _sound(self, text: str) -> str:
-        return "".join(map(self.sounds.get, text, text))
+        return "".join(map(self.sounds.__getitem__, text))
 
     def _word(self, word: str, roles: set[tuple[str, str]]) -> _Word:
         cues, signs, groups = (
@@ -370,18 +370,27 @@ def _tables() -> _Tables:
     return _Tables()
 
 
-def _sounds() -> dict[str, str]:
-    """One private character a syllable without tone, z/zh, c/ch, s/sh and n/ng at the end taken as one."""
-    from pypinyin import Style, lazy_pinyin
+class _Sounds(dict[str, str]):
+    """character → one private character a syllable, without tone; z/zh, c/ch, s/sh and n/ng at the end taken as one.
 
-    codes: dict[str, int] = {}
-    table = {}
-    for code in range(0x4E00, 0x9FA6):
-        syllable = lazy_pinyin(chr(code), style=Style.NORMAL)[0]
+    Filled as characters turn up: all of them at once would cost each start of a script half a second.
+    """
+
+    def __init__(self) -> None:
+        self._codes: dict[str, str] = {}
+
+    def __missing__(self, character: str) -> str:
+        code = character if not "一" <= character <= "龥" else self._code(character)
+        self[character] = code
+        return code
+
+    def _code(self, character: str) -> str:
+        from pypinyin import Style, lazy_pinyin
+
+        syllable = lazy_pinyin(character, style=Style.NORMAL)[0]
         for long, short in (("zh", "z"), ("ch", "c"), ("sh", "s")):
             if syllable.startswith(long):
                 syllable = short + syllable[2:]
         if syllable.endswith(("ing", "eng")):
             syllable = syllable[:-1]
-        table[chr(code)] = chr(codes.setdefault(syllable, 0xE000 + len(codes)))
-    return table
+        return self._codes.setdefault(syllable, chr(0xE000 + len(self._codes)))
