@@ -26,6 +26,8 @@ EMPTY_ANSWER = "（模型没有给出回答。请换一种说法再试一次。�
 
 # Rules by which danger to life is told even inside a knowledge question.
 _ALWAYS = ("魂",)
+# And those that count there if somebody is spoken of.
+_EVEN_ASKING = ("危",)
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ def assess(question: str) -> Urgency:
     for sign, words in signs_from_numbers(text):
         present.setdefault(sign, words)
     is_lesson = _asks_for_knowledge(findings.cues)
+    # Two danger signs in somebody weigh more than a word such as 疫苗 or 注意什么; an exam's stay an exam's.
+    heard = (*_ALWAYS, *(() if "强求知" in findings.cues or "本人" not in findings.cues else _EVEN_ASKING))
     fired: list[tuple[Rule, str]] = []
     for rule in _candidates(present):
-        if is_lesson and not rule.id.startswith(_ALWAYS):
+        if is_lesson and not rule.id.startswith(heard):
             continue
         if fired and rule.level == URGENT and fired[0][0].level == EMERGENCY:
             break

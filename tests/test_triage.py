@@ -142,6 +142,11 @@ def test_two_danger_signs_are_an_emergency_even_where_no_other_rule_fits():
     assert any("危1" in reason for reason in assess("他脸色惨白，神志不清").reasons)
 
 
+def test_danger_signs_in_somebody_outweigh_a_mark_of_asking_but_not_an_exam():
+    assert assess("打了疫苗十几分钟，孩子全身痒，脸色发青，喘不上气").level == EMERGENCY
+    assert assess("选择题：孩子脸色发青，喘不上气，最可能的诊断").level == ROUTINE
+
+
 def test_every_rule_can_fire_and_says_where_it_comes_from():
     rules, _ = triage._rules()
     with (signs.TABLES / "signs.csv").open(encoding="utf-8", newline="") as file:
