@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 LOCK_FILE = ".lock"
+UNFINISHED_MARK = ".unfinished"
 
 
 def require_file(path: Path, what: str = "文件") -> Path:
@@ -105,7 +106,11 @@ def growing_file(path: Path) -> Iterator[IO[str]]:
 
 
 def write_whole(contents: Mapping[Path, str]) -> None:
-    """Write several text files; none appears unless all could be written."""
+    """Write several text files that belong together; none appears unless all could be written.
+
+    A process killed between two of the renames leaves files of two runs beside each other, and a mark that
+    `check_belong_together` finds.
+    """
     if folder := next((path for path in contents if path.is_dir()), None):  # it would fail at the renaming
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder))
     with contextlib.ExitStack() as stack:
@@ -114,6 +119,23 @@ def write_whole(contents: Mapping[Path, str]) -> None:
             files[path].write(text)
         for file in files.values():
             file.flush()
+            os.fsync(file.fileno())
+        marks = {path.with_name(UNFINISHED_MARK) for path in contents}
+        for mark in marks:
+            mark.touch()
+    for mark in marks:
+        mark.unlink()
+
+
+def check_belong_together(path: Path) -> None:
+    """Make sure that the files beside `path` stem from one run of `write_whole`.
+
+    Raises:
+        UserError: one was cut short between them.
+    """
+    if path.with_name(UNFINISHED_MARK).exists():
+        remedy = "重新运行 data.py；否则验证集里可能有训练过的样本"
+        raise UserError("数据准备写到一半被打断，这里的文件可能来自两次准备", path.parent.resolve(), remedy)
 
 
 def write_json(path: Path, value: object, private: bool = False) -> None:

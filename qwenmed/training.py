@@ -128,12 +128,13 @@ def load_rows(
         by_scenario: the scenarios' system prompts.
 
     Raises:
-        UserError: a file or a row is unusable, or no row fits.
+        UserError: a file or a row is unusable, the files stem from two preparations, or no row fits.
     """
     chat.check_template(tokenizer)
     fitted, kept, summary = {}, {}, {}
     for part, name in (("train", settings.train_file), ("val", settings.val_file)):
         path = Path(name)
+        files.check_belong_together(path)
         found = records.read_clean_records(path)
         samples = [
             (record, system)

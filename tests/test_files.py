@@ -146,6 +146,17 @@ def test_full_disk_leaves_the_old_files_and_names_the_one_that_did_not_fit(small
     assert names(small_disk) == ["a", "b"]
 
 
+def test_files_of_a_run_that_was_cut_short_between_them_are_told(tmp_path):
+    path = tmp_path / "train.jsonl"
+    files.write_whole({path: "a", tmp_path / "val.jsonl": "b"})
+    files.check_belong_together(path)
+    (tmp_path / files.UNFINISHED_MARK).touch()
+    with pytest.raises(UserError, match="data.py"):
+        files.check_belong_together(path)
+    files.write_whole({path: "a", tmp_path / "val.jsonl": "b"})
+    files.check_belong_together(path)
+
+
 def test_growing_file_takes_its_name_at_the_end(old):
     with files.growing_file(old) as file:
         file.write("一\n")

@@ -15,6 +15,9 @@ from conftest import ROOT
 from forked import Child, delays
 from tally import kept_counts, tally  # noqa: F401
 
+from qwenmed import files
+from qwenmed.errors import UserError
+
 POINTS = 20
 FORMATTED = ("train_format.jsonl", "val_format.jsonl")
 
@@ -72,9 +75,13 @@ def test_kill_during_data_preparation_leaves_whole_files_that_belong_together(tm
         assert set(found) == set(wanted_old)
         assert all(found[name] in (wanted_old[name], wanted_new[name]) for name in found), "a half file"
         mixed = found not in (wanted_old, wanted_new)
+        if mixed:  # the training would say so
+            with pytest.raises(UserError, match="两次准备"):
+                files.check_belong_together(work / "train.jsonl")
         assert prepare(work, new).wait() == 0
         assert digest(work, "*.jsonl") == wanted_new
-        tally("data.py", hit=killed, exact=not mixed)
+        files.check_belong_together(work / "train.jsonl")
+        tally("data.py", hit=killed, exact=not mixed, explained=mixed)
 
 
 SIZES = ["--max-steps", "8", "--eval-steps", "2", "--batch-size", "2", "--gradient-accumulation-steps", "1",
@@ -143,8 +150,6 @@ def test_kill_during_a_batch_keeps_the_answers_and_the_old_file(tmp_path, traine
 
 
 def test_kill_during_saving_leaves_the_old_conversation_or_the_new_one(tmp_path):
-    from qwenmed import files
-
     script = tmp_path / "save.py"
     path = tmp_path / "c" / "conversation.json"
     old, new = {"turns": ["旧" * 50]}, {"turns": ["新" * 400_000]}
