@@ -195,17 +195,33 @@ def shorten_thinking(
     return best
 
 
-def parse_reply(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str) -> Reply:
+def parse_reply(prompt: str, text: str) -> Reply:
     """Take a finished reply apart.
 
     Args:
         prompt: the rendered prompt that the text continues.
         text: what was generated, by `TokenText` or, where only text is to be had, without special tokens.
     """
-    parser = ReplyParser(tokenizer, prompt)
+    parser = ReplyParser(prompt)
     parser.feed(text)
     parser.close()
     return parser.reply
+
+
+def closing_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that close a thinking as training data close it: a line break, `</think>`, two line breaks."""
+    return [*_plain_ids(tokenizer, "\n"), tokenizer.convert_tokens_to_ids(THINK_END), *_plain_ids(tokenizer, "\n\n")]
+
+
+def empty_thinking_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What Qwen3's template writes after the prompt with `enable_thinking=False`."""
+    opened, closed = tokenizer.convert_tokens_to_ids([THINK_START, THINK_END])
+    blank = _plain_ids(tokenizer, "\n\n")
+    return [opened, *blank, closed, *blank]
+
+
+def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class TokenText:
@@ -253,9 +269,13 @@ class ReplyParser:
     thinking, and so does `reply`; a stream has shown it as answer by then).
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> None:
-        self._parser = tokenizer.get_response_parser(RESPONSE_TEMPLATE, prefix=prompt)
-        opened = any(event["type"] == "region_open" for event in self._parser.initial_events)
+    def __init__(self, prompt: str = "") -> None:
+        from transformers.utils.chat_parsing import ResponseParser
+
+        self._parser = ResponseParser(RESPONSE_TEMPLATE, prefix=prompt)
+        opened = False
+        for event in self._parser.initial_events:
+            opened = event["type"] == "region_open"
         self._text = THINK_START if opened else ""
         self._region: str | None = "reasoning_content" if opened else None
         self._blanks: str | None = None  # blanks that wait for text to follow; None before a region's first text

@@ -1,23 +1,73 @@
-"""Text generation with transformers: one reply as a stream, many as padded batches.
+"""What every engine shares: the typed chunks of a stream, and the rules by which a reply goes on and ends.
 
-A stream yields typed chunks and then one `Generation`; whoever wants only the result loops over it.
+An engine turns prompts into replies. There are three: `engine_transformers` (a loaded model), `engine_openai`
+(any OpenAI-compatible server) and `engine_llama` (a GGUF file). A stream yields `Chunk`s and then one
+`Generation`; whoever wants only the result loops over it.
+
+Two failures of small models are ended here, token by token, for the engines that choose tokens themselves:
+- Thinking that eats the whole reply. `ReplyGuide` closes the thinking at its budget, and always early enough
+  that room for an answer is left (budget forcing, as in s1, arXiv:2501.19393).
+- Repetition. `find_loop` looks for a tail that is a block repeated again and again. In the thinking it closes
+  the thinking, in the answer it ends the reply.
 """
 
-import queue
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from qwenmed import chat
 from qwenmed.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Messages = Sequence[dict[str, str]]
+
+# Of a reply's tokens those that the thinking may not take; a quarter where that is less.
+ANSWER_ROOM = 512
+
+# A loop: a block that stands there at least four times and takes at least so many tokens (or characters).
+LOOP_REPEATS = 4
+LOOP_LENGTH = 64
+# How far back loops are looked for: a block of up to 128 tokens, about two sentences.
+LOOP_WINDOW = 512
+# Looking costs some tens of microseconds; once in so many tokens is often enough.
+LOOP_INTERVAL = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; None leaves a value to the model's own generation config.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: share of probability that is sampled from.
+        seed: fixes sampling, reply by reply.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+# Everything as the model's own generation config says.
+MODELS_OWN = Sampling()
+# Qwen3's model card, thinking mode; for engines whose model does not tell its own.
+QWEN3_SAMPLING = Sampling(temperature=0.6, top_p=0.95)
+QWEN3_TOP_K = 20
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to an engine.
+
+    Attributes:
+        messages: system prompt, earlier turns, question.
+        max_tokens: limit of new tokens, thinking included.
+        think_budget: limit of thinking tokens, its two tags included; 0 asks for no thinking, None sets
+            no limit but the room for an answer.
+    """
+
+    messages: Messages
+    max_tokens: int
+    think_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +84,12 @@ class Generation:
 
     Attributes:
         reply: thinking and answer, taken apart.
-        finish_reason: "stop" – the model ended its turn; "length" – the token limit was reached.
+        finish_reason: "stop" – the model ended its turn; "length" – the token limit was reached;
+            "think_budget" – the engine closed the thinking, at its budget, in a loop, or where the model
+            would have ended without an answer; the answer then ended by itself;
+            "repetition" – the answer went round in circles and was ended.
         prompt_tokens, thinking_tokens, answer_tokens: counts; thinking includes its two tags.
-        seconds: wall time; a batch's time is shared among its rows by the tokens they took.
+        seconds: wall time; in a batch from a row's start to its end, while others ran beside it.
     """
 
     reply: chat.Reply
@@ -47,183 +100,150 @@ class Generation:
     seconds: float = field(compare=False)
 
 
-class TransformersEngine:
-    """Generates replies with a loaded model.
+class Engine(Protocol):
+    """What turns prompts into replies.
 
-    Sampling follows the model's own generation config (for Qwen3: temperature 0.6, top-p 0.95, top-k 20).
+    Attributes:
+        name: the model, for output rows.
+        notice: a text that the model wants shown with every answer, or "".
+        context_length: tokens that prompt and reply may take together; None if it is not known.
+        fingerprint: changes whenever the same prompt may get another reply: model and sampling.
+    """
+
+    name: str
+    notice: str
+    context_length: int | None
+    fingerprint: str
+
+    def count_tokens(self, messages: Messages) -> int | None:
+        """Tokens of the rendered prompt, or None if only the server can tell."""
+
+    def stream(self, prompt: Prompt) -> Iterator[Chunk | Generation]:
+        """Yield the reply's chunks as they come, and at the end its `Generation`.
+
+        Closing the iterator, or an exception in its consumer, ends the generation.
+
+        Raises:
+            UserError: the prompt does not fit, or the engine failed.
+        """
+
+    def generate(self, prompts: Iterable[Prompt | Any]) -> Iterator[Generation | UserError | Any]:
+        """Answer many prompts, one result for each in their order; what fails comes as its UserError.
+
+        Prompts are taken only as far ahead as the engine needs. Whatever is no `Prompt` is passed through in its
+        place: rows that need no answer keep their order among those that do.
+        """
+
+
+class ReplyGuide:
+    """Follows one reply token by token: what must come next, and whether it has ended.
 
     Args:
-        model: in eval mode, on its device.
-        tokenizer: the model's own.
-        seed: fixes sampling, reply by reply; None leaves torch's generator alone.
+        limit: largest number of new tokens.
+        budget: largest number of thinking tokens, tags included, or None.
+        tags: ids of the opening and the closing think tag.
+        closing: ids that close the thinking.
+        stop_ids: ids that end a turn.
+        state: how the prompt leaves the reply: "open" to anything, within its "thinking", or with
+            "no thinking" wanted.
     """
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", seed: int | None = None) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._stop_ids = _stop_ids(model, tokenizer)
-        self._think_end = tokenizer.convert_tokens_to_ids(chat.THINK_END)
+    def __init__(
+        self,
+        limit: int,
+        budget: int | None,
+        tags: tuple[int, int],
+        closing: Sequence[int],
+        stop_ids: Iterable[int],
+        state: str = "open",
+    ) -> None:
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._limit = limit
+        self._budget = thinking_limit(limit, budget, len(closing))
+        self._opened, self._closed = tags
+        self._closing, self._stop_ids = list(closing), frozenset(stop_ids)
+        self._thinking = state == "thinking"
+        self._no_thinking = state == "no thinking"
+        self._think_end = 0  # tokens up to and including the last closing tag
+        self._forced: list[int] = []
+        self._cut_thinking = False
 
     @property
-    def context_length(self) -> int:
-        """How many tokens prompt and reply may take together."""
-        return self._model.config.max_position_embeddings
+    def forced(self) -> int | None:
+        """The token that must come next, or None if the model may choose."""
+        return self._forced[0] if self._forced else None
 
-    def count_tokens(self, messages: Messages) -> int:
-        """Tokens of the rendered prompt."""
-        return len(chat.render_prompt(self._tokenizer, messages))
+    @property
+    def thinking_tokens(self) -> int:
+        """Tokens of the thinking so far, tags included."""
+        return len(self._body) if self._thinking else self._think_end
 
-    def stream(self, messages: Messages, max_tokens: int) -> Iterator[Chunk | Generation]:
-        """Yield the reply's chunks as they are generated, and at the end its `Generation`.
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the answer so far, without the one that ends the turn."""
+        return len(self._body) - self.thinking_tokens
 
-        Closing the iterator (or an exception in the consumer, Ctrl-C included) ends the generation after
-        the token in hand.
+    @property
+    def _body(self) -> list[int]:
+        return self.ids[:-1] if self.ids and self.ids[-1] in self._stop_ids else self.ids
 
-        Raises:
-            UserError: the prompt alone fills the context.
+    def take(self, sampled: int) -> int:
+        """Note the next token and return it: the sampled one, unless another must stand in its place."""
+        token = self._forced.pop(0) if self._forced else self._allowed(sampled)
+        self.ids.append(token)
+        if token == self._opened:
+            self._thinking = True
+        elif token == self._closed:
+            self._thinking, self._think_end = False, len(self.ids)
+        if token in self._stop_ids:
+            self.finish_reason = "think_budget" if self._cut_thinking else "stop"
+        elif len(self.ids) >= self._limit:
+            self.finish_reason = "length"
+        elif not self._forced:
+            self._look_after()
+        return token
+
+    def _allowed(self, token: int) -> int:
+        """The token, unless it would cost the answer.
+
+        A model whose thinking was cut may try to go on with it: a line break stands for its tags. One that ends
+        its turn within the thinking has given no answer yet: the thinking is closed, and it goes on.
         """
-        from transformers import StoppingCriteria, StoppingCriteriaList
-        from transformers.generation.streamers import BaseStreamer
+        if self._thinking and token in self._stop_ids:
+            self._forced, self._cut_thinking = self._closing[1:], True
+            return self._closing[0]
+        ended = self._no_thinking or (self._cut_thinking and not self._thinking)
+        return self._closing[0] if ended and token in (self._opened, self._closed) else token
 
-        prompt = chat.render_prompt(self._tokenizer, messages)
-        limit = self._room(len(prompt), max_tokens)
-        generated_ids: queue.Queue[list[int] | None] = queue.Queue()
-        cancelled = threading.Event()
-        outcome: queue.Queue[list[int] | BaseException] = queue.Queue()
-
-        class Streamer(BaseStreamer):
-            prompt_seen = False
-
-            def put(self, value: "torch.Tensor") -> None:
-                if self.prompt_seen:
-                    generated_ids.put(value.flatten().tolist())
-                self.prompt_seen = True
-
-            def end(self) -> None:
-                generated_ids.put(None)
-
-        class Cancelled(StoppingCriteria):
-            def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor", **kwargs) -> "torch.Tensor":
-                return input_ids.new_full((input_ids.shape[0],), cancelled.is_set(), dtype=bool)
-
-        def work() -> None:
-            try:
-                stopping = StoppingCriteriaList([Cancelled()])
-                outcome.put(self._generate([prompt], limit, streamer=Streamer(), stopping_criteria=stopping)[0])
-            except BaseException as error:  # the consumer raises it; a thread's own traceback helps nobody
-                outcome.put(error)
-            finally:
-                generated_ids.put(None)
-
-        text, parser = (
-            chat.TokenText(self._tokenizer),
-            chat.ReplyParser(self._tokenizer, self._tokenizer.decode(prompt)),
-        )
-        started = time.perf_counter()
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        try:
-            for ids in iter(generated_ids.get, None):
-                yield from (Chunk(*piece) for piece in parser.feed(text.feed(ids)))
-            yield from (Chunk(*piece) for piece in parser.feed(text.close()))
-        finally:
-            cancelled.set()
-            worker.join()
-        generated = outcome.get()
-        if isinstance(generated, BaseException):
-            raise generated
-        yield from (Chunk(*piece) for piece in parser.close())
-        yield self._generation(parser.reply, len(prompt), generated, time.perf_counter() - started)
-
-    def generate(self, requests: Sequence[tuple[Messages, int]], batch_size: int = 16) -> list[Generation]:
-        """Answer many prompts in padded batches, sorted by limit and length so that little is padding.
-
-        Args:
-            requests: (messages, max_tokens) pairs.
-            batch_size: rows generated together.
-
-        Returns:
-            One `Generation` a request, in the order given.
-
-        Raises:
-            UserError: a prompt alone fills the context.
-        """
-        prompts = [chat.render_prompt(self._tokenizer, messages) for messages, _ in requests]
-        limits = [self._room(len(prompt), limit) for prompt, (_, limit) in zip(prompts, requests, strict=True)]
-        order = sorted(range(len(requests)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)
-        results: dict[int, Generation] = {}
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            started = time.perf_counter()
-            outputs = self._generate([prompts[i] for i in rows], max(limits[i] for i in rows))
-            outputs = [output[: limits[i]] for i, output in zip(rows, outputs, strict=True)]
-            seconds = (time.perf_counter() - started) / max(1, sum(map(len, outputs)))
-            for i, output in zip(rows, outputs, strict=True):
-                text = chat.TokenText(self._tokenizer)
-                reply = chat.parse_reply(
-                    self._tokenizer, self._tokenizer.decode(prompts[i]), text.feed(output) + text.close()
-                )
-                results[i] = self._generation(reply, len(prompts[i]), output, seconds * len(output))
-        return [results[i] for i in range(len(requests))]
-
-    def _generate(self, prompts: list[list[int]], limit: int, **options) -> list[list[int]]:
-        """New token ids of each prompt, up to and including its stop token."""
-        import torch
-
-        width = max(map(len, prompts))
-        device = self._model.device
-        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
-        with torch.inference_mode():
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=limit,
-                eos_token_id=self._stop_ids,
-                pad_token_id=self._pad,
-                **options,
-            )
-        return [self._until_stop(row) for row in output[:, width:].tolist()]
-
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), len(ids) - 1)
-        return ids[: end + 1]
-
-    def _generation(self, reply: chat.Reply, prompt_tokens: int, ids: list[int], seconds: float) -> Generation:
-        stopped = bool(ids) and ids[-1] in self._stop_ids
-        body = ids[:-1] if stopped else ids
-        if self._think_end in body:
-            thinking = len(body) - body[::-1].index(self._think_end)
-        else:
-            thinking = 0 if reply.answer else len(body)
-        return Generation(
-            reply=reply,
-            finish_reason="stop" if stopped else "length",
-            prompt_tokens=prompt_tokens,
-            thinking_tokens=thinking,
-            answer_tokens=len(body) - thinking,
-            seconds=seconds,
-        )
-
-    def _room(self, prompt_tokens: int, max_tokens: int) -> int:
-        room = self.context_length - prompt_tokens
-        if room <= 0:
-            raise UserError(
-                f"问题太长：{prompt_tokens} 个 token，模型的上下文只有 {self.context_length}", None, "请缩短问题"
-            )
-        return min(max_tokens, room)
+    def _look_after(self) -> None:
+        in_circles = len(self.ids) % LOOP_INTERVAL == 0 and find_loop(self.ids)
+        if self._thinking and (in_circles or len(self.ids) + len(self._closing) > self._budget):
+            self._forced, self._cut_thinking = list(self._closing), True
+        elif in_circles and not self._thinking and self.ids[self._think_end + LOOP_LENGTH :]:
+            self.finish_reason = "repetition"
 
 
-def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every id that ends a turn: those of the generation config, `<|im_end|>` and `<|endoftext|>`.
+def thinking_limit(limit: int, budget: int | None, closing: int = 3) -> int:
+    """Tokens that the thinking may take of `limit`, so that an answer still has room behind it."""
+    room = max(closing + 1, limit - min(ANSWER_ROOM, limit // 4))
+    return room if budget is None else min(budget, room)
 
-    A config that lists only one of them is the well-known reason of replies that never end.
+
+def find_loop(sequence: Sequence) -> int | None:
+    """The length of the block that a sequence ends in again and again, or None if it does not.
+
+    Works on token ids and on text alike. Linear in the window: the prefix function (Knuth, Morris, Pratt)
+    of the reversed tail gives the shortest period of each of its beginnings.
     """
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    named = [tokenizer.convert_tokens_to_ids(token) for token in (chat.END_OF_TURN, "<|endoftext|>")]
-    return sorted({token for token in (*configured, tokenizer.eos_token_id, *named) if token is not None})
+    tail = sequence[-LOOP_WINDOW:][::-1]
+    border = [0] * len(tail)
+    for i in range(1, len(tail)):
+        k = border[i - 1]
+        while k and tail[i] != tail[k]:
+            k = border[k - 1]
+        border[i] = k + (tail[i] == tail[k])
+        length, period = i + 1, i + 1 - border[i]
+        if length >= LOOP_LENGTH and period * LOOP_REPEATS <= length:
+            return period
+    return None

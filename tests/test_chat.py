@@ -80,7 +80,7 @@ PROMPT = "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n"
 
 
 def parse(tokenizer, text, prompt=PROMPT):
-    return chat.parse_reply(tokenizer, prompt, text)
+    return chat.parse_reply(prompt, text)
 
 
 def test_well_formed_reply(tokenizer):
@@ -124,7 +124,7 @@ pieces_of_replies = st.lists(
 @given(text=pieces_of_replies, data=st.data())
 def test_streamed_in_any_pieces_a_reply_parses_as_in_one(tokenizer, text, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
-    parser = chat.ReplyParser(tokenizer, PROMPT)
+    parser = chat.ReplyParser(PROMPT)
     shown = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         shown += parser.feed(text[start:end])
@@ -136,5 +136,5 @@ def test_streamed_in_any_pieces_a_reply_parses_as_in_one(tokenizer, text, data):
 
 
 def _without_tags(tokenizer, text):
-    parser = chat.ReplyParser(tokenizer, PROMPT)
+    parser = chat.ReplyParser(PROMPT)
     return "".join(piece for _, piece in parser.feed(text) + parser.close())

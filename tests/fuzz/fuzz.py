@@ -53,16 +53,16 @@ def reply(data):
     cuts = [provider.ConsumeIntInRange(1, 9) for _ in range(6)]
     ids = [provider.ConsumeIntInRange(0, 257) for _ in range(provider.ConsumeIntInRange(0, 40))]
     text = provider.ConsumeUnicodeNoSurrogates(200)
-    parser, rest = chat.ReplyParser(LETTERS, prompt), text
+    parser, rest = chat.ReplyParser(prompt), text
     for cut in cuts:
         parser.feed(rest[:cut])
         rest = rest[cut:]
     parser.feed(rest)
     parser.close()
-    whole = chat.parse_reply(LETTERS, prompt, text)
+    whole = chat.parse_reply(prompt, text)
     assert parser.reply == whole, (parser.reply, whole)
     written = chat.TokenText(LETTERS)
-    by_ids = chat.parse_reply(LETTERS, ANCHOR, "".join(written.feed([id_]) for id_ in ids) + written.close())
+    by_ids = chat.parse_reply(ANCHOR, "".join(written.feed([id_]) for id_ in ids) + written.close())
     if 256 not in ids and 257 not in ids:
         assert not by_ids.thinking, by_ids
 

@@ -1,0 +1,367 @@
+"""The engine for a loaded model: streams one reply, or decodes many together (`decoding`).
+
+Sampling follows the model's own generation config where the caller does not say otherwise: temperature, top-p,
+top-k and min-p; other fields of it (beams, penalties, forced tokens) are not supported.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwenmed import chat
+from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling
+from qwenmed.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwenmed.decoding import Batch, KeysValues
+
+# Rows decoded together where memory allows: more are slower on a CPU (benchmarks/assistant.py).
+BATCH_SIZE = 32
+# Share of the free memory that keys and values may take.
+MEMORY_SHARE = 0.6
+# Shared beginnings of prompts that are kept: ten system prompts and a long conversation.
+PREFIX_TOKENS = 8192
+
+
+class TransformersEngine:
+    """Generates replies with a loaded model.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: the model's own.
+        sampling: how tokens are chosen.
+        name, notice, fingerprint: as in `Engine`.
+        batch_size: rows decoded together at most; fewer where memory is short.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        sampling: Sampling = MODELS_OWN,
+        *,
+        name: str = "",
+        notice: str = "",
+        fingerprint: str = "",
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        self.name, self.notice, self.fingerprint = name, notice, fingerprint
+        self._model, self._tokenizer = model, tokenizer
+        self._sampler = _Sampler(model.generation_config, sampling)
+        self._batch_size = batch_size
+        self._stop_ids = _stop_ids(model, tokenizer)
+        self._tags = tuple(tokenizer.convert_tokens_to_ids([chat.THINK_START, chat.THINK_END]))
+        self._turn_end = tokenizer.convert_tokens_to_ids(chat.END_OF_TURN)
+        self._closing = chat.closing_ids(tokenizer)
+        self._prefixes = _Prefixes()
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens prompt and reply may take together."""
+        return self._model.config.max_position_embeddings
+
+    def count_tokens(self, messages: Messages) -> int:
+        """Tokens of the rendered prompt."""
+        return len(chat.render_prompt(self._tokenizer, messages))
+
+    def stream(self, prompt: Prompt) -> Iterator[Chunk | Generation]:
+        """Yield the reply's chunks as they are generated, and at the end its `Generation`.
+
+        Closing the iterator, or an exception in its consumer (Ctrl-C included), ends the generation.
+
+        Raises:
+            UserError: the prompt alone fills the context, or memory runs out.
+        """
+        row = self._row(0, prompt)
+        parser = chat.ReplyParser(self._tokenizer.decode(row.ids))
+        text = chat.TokenText(self._tokenizer)
+        try:
+            batch = self._read([row], keep=True)
+            while True:
+                token = self._choose(batch, [row])[0]
+                yield from (Chunk(*piece) for piece in parser.feed(text.feed([token])))
+                if row.guide.finish_reason:
+                    break
+                batch.step(self._model, [token])
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _out_of_memory() from error
+        yield from (Chunk(*piece) for piece in parser.feed(text.close()) + parser.close())
+        yield row.generation(parser.reply)
+
+    def generate(self, prompts: Iterable[Prompt | Any]) -> Iterator[Generation | UserError | Any]:
+        """Answer many prompts together; results come in the order of the prompts, as `Engine` says.
+
+        Prompts are taken a few batches ahead, the longest first, so that rows of a length run together.
+        """
+        source = enumerate(prompts)
+        waiting: list[_Row] = []
+        active: list[_Row] = []
+        done: dict[int, Any] = {}
+        batch, size, following, exhausted = None, self._batch_size, 0, False
+        while True:
+            while not exhausted and len(waiting) < 2 * size and len(done) < 8 * self._batch_size:
+                if (item := next(source, None)) is None:
+                    exhausted = True
+                elif not isinstance(item[1], Prompt):
+                    done[item[0]] = item[1]
+                else:
+                    try:
+                        waiting.append(self._row(*item))
+                    except UserError as error:
+                        done[item[0]] = error
+            while following in done:
+                yield done.pop(following)
+                following += 1
+            if not waiting and not active:
+                if exhausted:
+                    return
+                continue
+            try:
+                free = min(size, self._rows_that_fit([*active, *waiting])) - len(active)
+                # A few at a time: each arrival makes the whole batch be copied.
+                if waiting and (not active or free >= max(1, size // 8)):
+                    # The oldest must not wait for ever behind longer ones.
+                    waiting.sort(key=lambda row: (row.number != following, -row.limit, -len(row.ids)))
+                    groups = self._by_prefix(waiting[: max(1, free)])
+                    waiting = waiting[max(1, free) :]
+                    # Before they are read, so that running out of memory loses none.
+                    active += [row for group in groups for row in group]
+                    for group in groups:
+                        batch = _joined(batch, self._read(group))
+                tokens = self._choose(batch, active)
+                going = [i for i, row in enumerate(active) if not row.guide.finish_reason]
+                for row in active:
+                    if row.guide.finish_reason:
+                        done[row.number] = row.generation(self._parse(row))
+                if len(going) < len(active):
+                    active, tokens = [active[i] for i in going], [tokens[i] for i in going]
+                    batch = batch.keep(going) if going else None
+                if batch:
+                    batch.step(self._model, tokens)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                batch, size = None, max(1, size // 2)
+                if len(active) == 1:
+                    done[active[0].number] = _out_of_memory()
+                else:
+                    waiting = [row.again(self) for row in active] + waiting
+                active = []
+                self._prefixes.clear()
+
+    def _row(self, number: int, prompt: Prompt) -> "_Row":
+        ids = chat.render_prompt(self._tokenizer, prompt.messages)
+        if prompt.think_budget == 0:
+            ids = [*ids, *chat.empty_thinking_ids(self._tokenizer)]
+        room = self.context_length - len(ids)
+        if room <= 0:
+            raise UserError(
+                f"问题太长：{len(ids)} 个 token，模型的上下文只有 {self.context_length}", None, "请缩短问题"
+            )
+        return _Row(number, prompt, ids, min(prompt.max_tokens, room), self)
+
+    def _guide(self, row: "_Row") -> ReplyGuide:
+        return ReplyGuide(
+            row.limit,
+            row.prompt.think_budget,
+            self._tags,
+            self._closing,
+            self._stop_ids,
+            state="no thinking" if row.prompt.think_budget == 0 else _state(row.ids, self._tags),
+        )
+
+    def _parse(self, row: "_Row") -> chat.Reply:
+        text = chat.TokenText(self._tokenizer)
+        return chat.parse_reply(self._tokenizer.decode(row.ids), text.feed(row.guide.ids) + text.close())
+
+    def _read(self, rows: Sequence["_Row"], keep: bool = False) -> "Batch":
+        """Prefill rows that share their system prompt; `keep` remembers the only row's whole prompt too."""
+        from qwenmed.decoding import prefill
+
+        ids = rows[0].ids
+        shared = self._system_length(ids)
+        length, states = self._prefixes.longest(ids[: len(ids) - 1 if keep else shared])
+        if shared and length < shared:
+            part = prefill(self._model, [ids[:shared]], states, length)
+            length, states = shared, part.keys_values(0, shared)
+            self._prefixes.add(ids[:shared], states)
+        batch = prefill(self._model, [row.ids for row in rows], states, length)
+        if keep:
+            self._prefixes.add(ids, batch.keys_values(0, len(ids)))
+        return batch
+
+    def _system_length(self, ids: Sequence[int]) -> int:
+        """Tokens of the system block with its `<|im_end|>`; 0 if the first turn is the last one."""
+        end = ids.index(self._turn_end) + 1 if self._turn_end in ids else 0
+        return end if self._turn_end in ids[end:] else 0
+
+    def _by_prefix(self, rows: Sequence["_Row"]) -> list[list["_Row"]]:
+        groups: dict[tuple[int, ...], list[_Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row.ids[: self._system_length(row.ids)]), []).append(row)
+        return list(groups.values())
+
+    def _choose(self, batch: "Batch", rows: Sequence["_Row"]) -> list[int]:
+        """Each row's next token, which its guide has then taken."""
+        chosen = self._sampler.choose(batch.logits, [row.generator for row in rows])
+        return [row.guide.take(token) for row, token in zip(rows, chosen, strict=True)]
+
+    def _rows_that_fit(self, rows: Sequence["_Row"]) -> int:
+        """How many rows of the longest kind memory has room for; with rows running, what they take counts as free."""
+        from qwenmed.decoding import bytes_per_token
+        from qwenmed.hardware import free_memory
+
+        per_row = bytes_per_token(self._model) * max(len(row.ids) + row.limit for row in rows)
+        running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self._model)
+        return max(1, int((free_memory(self._model.device) * MEMORY_SHARE + running) / per_row))
+
+
+class _Row:
+    """A prompt on its way to a reply."""
+
+    def __init__(self, number: int, prompt: Prompt, ids: list[int], limit: int, engine: TransformersEngine) -> None:
+        self.number, self.prompt, self.ids, self.limit = number, prompt, ids, limit
+        self.guide = engine._guide(self)
+        self.generator = engine._sampler.generator(engine._model.device)
+        self._started = time.perf_counter()
+
+    def again(self, engine: TransformersEngine) -> "_Row":
+        """The same prompt from its beginning."""
+        return _Row(self.number, self.prompt, self.ids, self.limit, engine)
+
+    def generation(self, reply: chat.Reply) -> Generation:
+        """The finished reply."""
+        return Generation(
+            reply=reply,
+            finish_reason=self.guide.finish_reason,
+            prompt_tokens=len(self.ids),
+            thinking_tokens=self.guide.thinking_tokens,
+            answer_tokens=self.guide.answer_tokens,
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+class _Sampler:
+    """Chooses tokens: greedily, or from the warped distribution with a generator of each row's own."""
+
+    def __init__(self, config: Any, sampling: Sampling) -> None:
+        given = sampling.temperature
+        temperature = (config.temperature if config.do_sample else 0) if given is None else given
+        self._greedy = not temperature
+        self._seed = sampling.seed
+        self._temperature = temperature
+        self._top_p = config.top_p if sampling.top_p is None else sampling.top_p
+        self._top_k, self._min_p = config.top_k, config.min_p
+
+    def generator(self, device: "torch.device") -> "torch.Generator | None":
+        """A row's own generator, so that its reply does not depend on the rows beside it; None without a seed."""
+        import torch
+
+        if self._seed is None or self._greedy:
+            return None
+        return torch.Generator(device).manual_seed(self._seed)
+
+    def choose(self, logits: "torch.Tensor", generators: Sequence["torch.Generator | None"]) -> list[int]:
+        """One token id for each row of (rows, vocabulary) logits."""
+        import torch
+
+        if self._greedy:
+            return logits.argmax(dim=-1).tolist()
+        shares = torch.softmax(self._warp(logits), dim=-1)
+        if generators[0] is None:
+            return torch.multinomial(shares, 1).flatten().tolist()
+        return [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(shares, generators, strict=True)]
+
+    def _warp(self, logits: "torch.Tensor") -> "torch.Tensor":
+        from transformers.generation import (
+            LogitsProcessorList,
+            MinPLogitsWarper,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        # In the order in which transformers' own generate applies them.
+        steps = LogitsProcessorList([TemperatureLogitsWarper(float(self._temperature))])
+        if self._top_k:
+            steps.append(TopKLogitsWarper(self._top_k))
+        if self._top_p is not None and self._top_p < 1:
+            steps.append(TopPLogitsWarper(self._top_p))
+        if self._min_p:
+            steps.append(MinPLogitsWarper(self._min_p))
+        return steps(None, logits)
+
+
+class _Prefixes:
+    """Keys and values of beginnings that prompts share, the last used ones."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[list[int], KeysValues]] = deque()
+
+    def longest(self, ids: Sequence[int]) -> "tuple[int, KeysValues | None]":
+        """The longest beginning of `ids` that is known: its length, and its keys and values."""
+        best, states = 0, None
+        for known, kept in self._entries:
+            length = _common(known, ids)
+            if length > best:
+                best, states = length, kept
+        if states is None:
+            return 0, None
+        return best, [(keys[:, :, :best], values[:, :, :best]) for keys, values in states]
+
+    def add(self, ids: Sequence[int], states: "KeysValues") -> None:
+        """Remember a beginning; the oldest ones leave when it grows too much, and those that it continues."""
+        kept = [entry for entry in self._entries if _common(entry[0], ids) < len(entry[0])]
+        self._entries = deque([*kept, (list(ids), states)])
+        while len(self._entries) > 1 and sum(len(known) for known, _ in self._entries) > PREFIX_TOKENS:
+            self._entries.popleft()
+
+    def clear(self) -> None:
+        """Forget all, to free their memory."""
+        self._entries.clear()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _joined(batch: "Batch | None", arrived: "Batch") -> "Batch":
+    if batch is None:
+        return arrived
+    batch.join(arrived)
+    return batch
+
+
+def _state(ids: Sequence[int], tags: tuple[int, int]) -> str:
+    """How the prompt leaves the reply: some templates open the thinking themselves."""
+    last = next((token for token in reversed(ids[-8:]) if token in tags), None)
+    return "thinking" if last == tags[0] else "open"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch's CPU allocator raises a plain RuntimeError for it."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory() -> UserError:
+    return UserError("内存或显存不足，放不下这一个问题", None, "请减小 -m，缩短问题，或换小一些的模型")
+
+
+def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every id that ends a turn: those of the generation config, `<|im_end|>` and `<|endoftext|>`.
+
+    A config that lists only one of them is the well-known reason of replies that never end.
+    """
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    named = [tokenizer.convert_tokens_to_ids(token) for token in (chat.END_OF_TURN, "<|endoftext|>")]
+    return sorted({token for token in (*configured, tokenizer.eos_token_id, *named) if token is not None})

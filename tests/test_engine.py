@@ -1,0 +1,285 @@
+"""How a reply goes on and ends, and many replies decoded together."""
+
+import itertools
+
+import pytest
+import torch
+from fakes import Parrot, spoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenmed import chat, decoding
+from qwenmed.engine import ANSWER_ROOM, LOOP_LENGTH, Generation, Prompt, ReplyGuide, Sampling, find_loop, thinking_limit
+from qwenmed.engine_transformers import TransformersEngine
+from qwenmed.errors import UserError
+
+OPEN, CLOSE, STOP, BREAK = 1, 2, 3, 4
+CLOSING = [BREAK, CLOSE, BREAK]
+
+
+def guide(limit=100, budget=None, **rest):
+    return ReplyGuide(limit, budget, (OPEN, CLOSE), CLOSING, [STOP], **rest)
+
+
+def follow(guide, tokens):
+    """What a reply becomes when the model says these tokens."""
+    for token in tokens:
+        guide.take(token)
+        if guide.finish_reason:
+            break
+    return guide
+
+
+def ordinary(start=10):
+    """Tokens without end and without a loop."""
+    return itertools.count(start)
+
+
+def test_reply_that_ends_by_itself_is_left_alone():
+    done = follow(guide(), [OPEN, 10, 11, CLOSE, 12, 13, 14, STOP])
+    assert (done.finish_reason, done.thinking_tokens, done.answer_tokens) == ("stop", 4, 3)
+
+
+def test_thinking_is_closed_at_its_budget_and_the_answer_follows():
+    done = guide(budget=20)
+    follow(done, itertools.chain([OPEN], itertools.islice(ordinary(), 20), [50, 51, STOP]))
+    assert done.ids[:18] == [OPEN, *range(10, 27)] and done.ids[18:21] == CLOSING
+    assert (done.finish_reason, done.thinking_tokens) == ("think_budget", 20)
+    assert done.ids[21:] == [50, 51, STOP]
+
+
+@settings(max_examples=100, deadline=None)
+@given(limit=st.integers(8, 3000), budget=st.none() | st.integers(1, 3000))
+def test_thinking_never_takes_the_room_of_the_answer(limit, budget):
+    done = follow(guide(limit, budget), itertools.chain([OPEN], ordinary()))
+    assert done.finish_reason == "length" and len(done.ids) == limit
+    assert done.thinking_tokens <= max(thinking_limit(limit, budget), 3)  # two tags and a line break are the least
+    assert done.answer_tokens >= min(ANSWER_ROOM, limit // 4)
+
+
+def test_model_that_goes_on_thinking_after_the_cut_gets_line_breaks_for_its_tags():
+    done = follow(guide(budget=5), [OPEN, 10, 11, 99, 99, 99, 20, CLOSE, 21, OPEN, 22, STOP])
+    assert done.ids[6:] == [20, BREAK, 21, BREAK, 22, STOP] and done.thinking_tokens == 5
+
+
+def test_turn_that_ends_within_the_thinking_still_gets_an_answer():
+    done = follow(guide(), [OPEN, 10, STOP, 98, 97, 20, STOP])
+    assert done.ids == [OPEN, 10, *CLOSING, 20, STOP] and done.finish_reason == "think_budget"
+
+
+def test_no_thinking_means_none_whatever_the_model_writes():
+    done = follow(guide(state="no thinking"), [OPEN, 10, CLOSE, 11, STOP])
+    assert done.ids == [BREAK, 10, BREAK, 11, STOP]
+    assert (done.thinking_tokens, done.answer_tokens, done.finish_reason) == (0, 4, "stop")
+
+
+def test_thinking_that_the_prompt_has_opened_counts():
+    done = follow(guide(budget=10, state="thinking"), ordinary())
+    assert CLOSE in done.ids[:10]
+
+
+def test_loop_in_the_thinking_closes_it_and_one_in_the_answer_ends_the_reply():
+    sentence = list(range(20, 30))
+    done = follow(guide(1000), itertools.chain([OPEN], itertools.cycle(sentence)))
+    assert done.finish_reason == "repetition" and done.ids.count(CLOSE) == 1
+    assert done.thinking_tokens < 150 and done.answer_tokens < 150
+
+
+def test_honest_repetition_is_no_loop():
+    table = [*([7, 8, 7, 9] * 10), *range(100, 160)]  # a table's rule, and then its rows
+    assert find_loop(table) is None
+    assert find_loop(list(range(1000))) is None and find_loop([5] * (LOOP_LENGTH - 1)) is None
+    assert find_loop("一天三次，饭后服用。" * 3) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(head=st.lists(st.integers(0, 5), max_size=80), block=st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_every_block_that_stands_there_often_enough_is_found(head, block):
+    times = max(4, -(-LOOP_LENGTH // len(block)))
+    period = find_loop(head + block * times)
+    assert period is not None and period <= len(block)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequence=st.lists(st.integers(0, 2), max_size=200))
+def test_what_is_called_a_loop_is_one(sequence):
+    period = find_loop(sequence)
+    if period:
+        length = max(LOOP_LENGTH, 4 * period)
+        tail = sequence[-length:]
+        assert all(tail[i] == tail[i - period] for i in range(period, len(tail)))
+
+
+# Decoding, on the demo model with random weights: greedy text must not depend on the company.
+
+
+@pytest.fixture(scope="module")
+def model(demo_model):
+    from qwenmed import checkpoints
+
+    return checkpoints.load_base(demo_model, torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return TransformersEngine(model, tokenizer, Sampling(temperature=0))
+
+
+def prompts(rows, count=9):
+    """Prompts of different lengths, system prompts and limits."""
+    made = []
+    for i in range(count):
+        system = [None, "你是医生。", "你是营养师，请给出建议。"][i % 3]
+        made.append(Prompt(chat.user_messages(rows[i]["question"] * (1 + i % 4), system), 6 + 5 * (i % 5)))
+    return made
+
+
+def reference(model, tokenizer, prompt):
+    """The same reply by transformers' own generate."""
+    ids = chat.render_prompt(tokenizer, prompt.messages)
+    output = model.generate(
+        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+        max_new_tokens=prompt.max_tokens, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text = chat.TokenText(tokenizer)
+    return chat.parse_reply("", text.feed(output[0, len(ids) :].tolist()) + text.close())
+
+
+def test_together_streamed_and_by_generate_the_greedy_text_is_the_same(model, tokenizer, demo_rows):
+    asked = prompts(demo_rows)
+    for batch_size in (1, 3, 32):  # with three, rows come and go
+        engine = TransformersEngine(model, tokenizer, Sampling(temperature=0), batch_size=batch_size)
+        together = list(engine.generate(asked))
+        assert [each.reply for each in together] == [reference(model, tokenizer, prompt) for prompt in asked]
+        streamed = [list(engine.stream(prompt))[-1] for prompt in asked]
+        assert streamed == together
+
+
+def test_shared_beginnings_are_computed_once_and_change_nothing(model, tokenizer, demo_rows, monkeypatch):
+    read = []
+    whole = decoding.prefill
+
+    def listening(model, prompts, prefix, prefix_length):
+        read.append(sum(len(prompt) - prefix_length for prompt in prompts))
+        return whole(model, prompts, prefix, prefix_length)
+
+    monkeypatch.setattr(decoding, "prefill", listening)
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0))
+    system = "你是一位非常谨慎的医生，请先排除危险情况，再给出建议。" * 6
+    first, second = (Prompt(chat.user_messages(row["question"], system), 4) for row in demo_rows[:2])
+    once = [list(engine.stream(first))[-1], list(engine.stream(second))[-1]]
+    cold, system_and_rest = read[:2], read[2:]
+    assert sum(cold) == engine.count_tokens(first.messages) and sum(system_and_rest) < sum(cold) / 2
+    read.clear()
+    assert list(engine.stream(first))[-1] == once[0] and read == [1]
+    assert list(engine.generate([first, second])) == once
+
+
+def test_seeded_replies_repeat_and_do_not_depend_on_the_rows_beside_them(model, tokenizer, demo_rows):
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, top_p=0.9, seed=7))
+    asked = prompts(demo_rows, 4)
+    together = list(engine.generate(asked))
+    assert together == list(engine.generate(asked)) == [list(engine.stream(prompt))[-1] for prompt in asked]
+    other = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, top_p=0.9, seed=8))
+    assert list(other.generate(asked)) != together
+
+
+def test_seed_zero_is_a_seed(model, tokenizer, demo_rows):
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, seed=0))
+    prompt = prompts(demo_rows, 1)[0]
+    assert list(engine.stream(prompt))[-1] == list(engine.stream(prompt))[-1]
+
+
+def test_what_is_no_prompt_keeps_its_place(engine, demo_rows):
+    asked = prompts(demo_rows, 3)
+    too_long = Prompt(chat.user_messages("长" * 9000, None), 4)
+    found = list(engine.generate([{"row": 1}, asked[0], too_long, "x", asked[1], UserError("坏")]))
+    assert found[0] == {"row": 1} and found[3] == "x" and str(found[5]) == "坏"
+    assert isinstance(found[1], Generation) and isinstance(found[4], Generation)
+    assert isinstance(found[2], UserError) and "4096" in str(found[2])
+
+
+def test_prompts_are_taken_only_as_far_ahead_as_needed(model, tokenizer, demo_rows):
+    taken = itertools.count()
+    prompt = prompts(demo_rows, 1)[0]
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0), batch_size=2)
+    results = engine.generate(prompt if next(taken) % 3 else {"passed": True} for _ in range(10_000))
+    for _ in range(10):
+        next(results)
+    assert next(taken) < 60
+    results.close()
+
+
+def test_running_out_of_memory_halves_the_batch_and_loses_no_row(model, tokenizer, demo_rows):
+    class Narrow:
+        """A model that has no memory for more than two rows."""
+
+        def __init__(self):
+            self.widest = 0
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def __call__(self, input_ids, **rest):
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.widest = max(self.widest, len(input_ids))
+            return model(input_ids=input_ids, **rest)
+
+    asked = prompts(demo_rows)
+    narrow = Narrow()
+    engine = TransformersEngine(narrow, tokenizer, Sampling(temperature=0), batch_size=8)
+    wide = TransformersEngine(model, tokenizer, Sampling(temperature=0))
+    assert list(engine.generate(asked)) == list(wide.generate(asked)) and narrow.widest == 2
+
+
+def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, demo_rows):
+    class Full:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def __call__(self, input_ids, **rest):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    engine = TransformersEngine(Full(), tokenizer, Sampling(temperature=0))
+    asked = prompts(demo_rows, 3)
+    assert all("内存" in str(result) for result in engine.generate(asked))
+    with pytest.raises(UserError, match="内存"):
+        list(engine.stream(asked[0]))
+
+
+def test_a_bug_is_not_taken_for_lack_of_memory(tokenizer):
+    class Broken(Parrot):
+        def __call__(self, **rest):
+            raise RuntimeError("a bug")
+
+    engine = TransformersEngine(Broken([1]), tokenizer)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(engine.generate([Prompt(chat.user_messages("问", None), 4)]))
+
+
+def test_budget_and_room_reach_the_reply(tokenizer):
+    opened = tokenizer.convert_tokens_to_ids("<think>")
+    words = tokenizer("用户说胸口发紧，先排除心脏问题，再考虑其他原因。", add_special_tokens=False)["input_ids"]
+    ids = spoken(tokenizer, opened, *words, *words, "请就医。")
+    engine = TransformersEngine(Parrot(ids), tokenizer)
+    messages = chat.user_messages("问", "系统")
+    *_, cut = engine.stream(Prompt(messages, 200, think_budget=10))
+    assert cut.finish_reason == "think_budget" and cut.thinking_tokens <= 10 and cut.reply.thinking_closed
+    assert cut.reply.answer.endswith("请就医。")
+    *_, none = engine.stream(Prompt(messages, 200, think_budget=0))
+    assert none.reply.thinking == "" and none.thinking_tokens == 0 and none.reply.thinking_closed
+    (batched,) = engine.generate([Prompt(messages, 200, think_budget=10)])
+    assert batched == cut
+
+
+def test_cache_that_grows_in_place_holds_what_was_written():
+    layer = decoding.GrowingLayer()
+    written = []
+    for width in (5, 1, 1, 300, 1):
+        states = torch.randn(2, 3, width, 4)
+        written.append(states)
+        keys, values = layer.update(states, states * 2)
+        whole = torch.cat(written, dim=2)
+        assert torch.equal(keys, whole) and torch.equal(values, whole * 2)
+        assert layer.get_seq_length() == whole.shape[2]
