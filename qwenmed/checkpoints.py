@@ -85,9 +85,14 @@ def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
     else:
         base = None
         check_weights(path)
-    config = files.read_json((base or path) / "config.json")
-    notice = config.get("notice", "") if isinstance(config, dict) else ""
+    notice = read_config(base or path).get("notice", "")
     return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; empty if it holds something else than an object."""
+    config = files.read_json(folder / "config.json")
+    return config if isinstance(config, dict) else {}
 
 
 def newest_run_checkpoint(output_root: Path, which: str) -> Path:

@@ -68,9 +68,18 @@ def build_parser(prog: str, doc: str, arguments: str = "[选项]") -> Parser:
     return parser
 
 
-def setting(default: object, help: str, group: str, *, choices: Sequence[str] | None = None):
+def setting(
+    default: object,
+    help: str,
+    group: str,
+    *,
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    metavar: str | None = None,
+):
     """A dataclass field that is an option too: its default, help text and help group."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+    meta = {"help": help, "group": group, "choices": choices, "short": short, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 def field_type(settings: type, name: str) -> tuple[type, bool]:
@@ -100,19 +109,26 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
             else f"{meta['help']}（默认 {_shown(field.default)}）"
         )
         text = text.replace("%", "%%")
-        option = "--" + field.name.replace("_", "-")
+        names = [meta["short"], "--" + field.name.replace("_", "-")]
+        names = [name for name in names if name]
         if plain_type is bool:
             action = argparse.BooleanOptionalAction if field.default else "store_true"
-            group.add_argument(option, action=action, default=argparse.SUPPRESS, help=text)
+            group.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(
-                option,
+                *names,
                 type=plain_type,
                 choices=meta["choices"],
                 default=argparse.SUPPRESS,
-                metavar=None if meta["choices"] else _METAVARS.get(plain_type, "TEXT"),
+                metavar=None if meta["choices"] else meta["metavar"] or _METAVARS.get(plain_type, "TEXT"),
                 help=text,
             )
+
+
+def given(args: argparse.Namespace, settings: type) -> dict[str, typing.Any]:
+    """What the command line gave of the fields that `add_settings` made options of."""
+    names = (field.name for field in dataclasses.fields(settings))
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}

@@ -21,6 +21,17 @@ DATA, RUN, OPTIMISATION, EVALUATION, TRACKING, LORA = "数据", "运行", "优�
 RECOMMENDATION_FILE = "recommended_training.yaml"
 
 
+def require(settings: object, name: str, condition: bool, rule: str) -> None:
+    """Make sure that a setting keeps a rule.
+
+    Raises:
+        UserError: it doesn't; named as its option.
+    """
+    if not condition:
+        option = "--" + name.replace("_", "-")
+        raise UserError(f"{option} 的值 {getattr(settings, name)!r} 不合适：{rule}")
+
+
 @dataclasses.dataclass
 class TrainSettings:
     """Everything that both training scripts can be told."""
@@ -101,9 +112,7 @@ class TrainSettings:
             )
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
-        if not condition:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} 的值 {getattr(self, name)!r} 不合适：{rule}")
+        require(self, name, condition, rule)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,383 @@
+"""The engine for any OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp's server, `transformers serve`.
+
+The `openai` client does the HTTP work: time-outs, retries with exponential back-off (a server's Retry-After is
+obeyed), connection reuse. What is added here is what the servers differ in:
+- Thinking comes as `reasoning` (vLLM), as `reasoning_content` (SGLang, llama.cpp, `transformers serve`), or as
+  raw `<think>` text within the content.
+- Optional fields that a server refuses (`transformers serve` answers 422 to `stream_options`) are left out from
+  then on.
+- No server has a common way to bound the thinking. At the budget the stream is cut and the reply is continued
+  in a second request behind the closed thinking (`continue_final_message`: vLLM, SGLang); where the server
+  refuses that, it is asked once more without thinking, which then costs the answer the thinking's help.
+
+Limits: the pieces of a stream are counted as tokens, which is right unless a server sends several in one piece.
+What looks like a control token in a message is broken up, for a server may take it for one.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from qwenmed import chat
+from qwenmed.controls import as_plain_words
+from qwenmed.engine import (
+    LOOP_INTERVAL,
+    MODELS_OWN,
+    QWEN3_SAMPLING,
+    Chunk,
+    Generation,
+    Messages,
+    Prompt,
+    Sampling,
+    find_loop,
+    thinking_limit,
+)
+from qwenmed.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+# Of one request; the client waits 0.5 s, then twice as long each time, at most 8 s.
+RETRIES = 4
+# A stream that broke off is asked again from its beginning; only a batch can, for nobody has read its start.
+BROKEN_STREAM_RETRIES = 2
+# A server that fails so many rows one after another is down; the batch stops instead of failing ten thousand.
+FAILURES_IN_A_ROW = 20
+
+
+class ServerError(UserError):
+    """The server, not the question, is at fault; asking again may help."""
+
+
+class OpenAIEngine:
+    """Asks a server.
+
+    Args:
+        base_url: up to and including /v1.
+        model: the server's name for the model; None takes the only one it has.
+        sampling: what is None is Qwen3's recommendation.
+        concurrency: requests at a time in `generate`.
+        timeout: seconds without a sign of the server.
+        api_key: by default that of the environment.
+
+    Raises:
+        UserError: the server can't be reached, refuses the key, or has not the model.
+    """
+
+    notice = ""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        sampling: Sampling = MODELS_OWN,
+        *,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        api_key: str | None = None,
+        retries: int = RETRIES,
+    ) -> None:
+        import openai
+
+        self._base_url, self._timeout = base_url, timeout
+        self._sampling, self._concurrency = sampling, concurrency
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=api_key or os.environ.get(KEY_VARIABLE) or "none",
+            timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
+            max_retries=retries,
+        )
+        self._stopped = threading.Event()
+        # Fields that not every server knows; emptied when one refuses them.
+        self._optional: dict[str, Any] = {"stream_options": {"include_usage": True}}
+        self._can_continue = True
+        with _explained(self._base_url, timeout):
+            served = {each.id: each for each in self._client.models.list()}
+        self.name = self._pick(served, model)
+        self.context_length = getattr(served.get(self.name), "max_model_len", None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Address, model and sampling."""
+        return f"{self._base_url} {self.name} {self._sampling}"
+
+    def _pick(self, served: dict[str, Any], model: str | None) -> str:
+        if model is None and len(served) == 1:
+            return next(iter(served))
+        listed = "、".join(list(served)[:10]) or "（一个也没有）"
+        if model is None:
+            raise UserError("服务器上不止一个模型，或没有列出模型", self._base_url, f"请用 --model 指定：{listed}")
+        # Some list aliases or nothing; only a list that plainly lacks the model is an error.
+        if served and model not in served and f"{model}:latest" not in served:
+            raise UserError(f"服务器上没有模型 {model}", self._base_url, f"它有：{listed}")
+        return model
+
+    def count_tokens(self, messages: Messages) -> int | None:
+        """An upper estimate, one token a character and four a turn; None where the context length is unknown."""
+        if self.context_length is None:
+            return None
+        return sum(len(message["content"]) + 4 for message in messages)
+
+    def stream(self, prompt: Prompt) -> Iterator[Chunk | Generation]:
+        """Yield the reply's chunks as they arrive, and at the end its `Generation`.
+
+        Raises:
+            UserError: the server failed (a `ServerError`) or refused the question.
+        """
+        reader = _Reader(prompt)
+        no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+        yield from self._read(reader, prompt.messages, no_thinking if prompt.think_budget == 0 else {})
+        yield from reader.close_part()
+        if reader.wants_answer:
+            yield from self._continue(reader, prompt, no_thinking)
+        yield from reader.close_part()
+        yield reader.generation()
+
+    def generate(self, prompts: Iterable[Prompt | Any]) -> Iterator[Generation | UserError | Any]:
+        """Ask for many prompts at once, `concurrency` at a time; results come in the order of the prompts.
+
+        Raises:
+            UserError: the server failed too many times one after another.
+        """
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        def settle(item: Any) -> Any:
+            nonlocal failures
+            if not isinstance(item, Future):
+                return item
+            result = item.result()
+            failures = failures + 1 if isinstance(result, ServerError) else 0
+            if failures >= max(FAILURES_IN_A_ROW, 2 * self._concurrency):
+                raise UserError(f"服务器连续 {failures} 题失败，已停止：{result.what}", self._base_url, result.remedy)
+            return result
+
+        failures, pending = 0, deque()
+        self._stopped.clear()
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            for prompt in prompts:
+                pending.append(pool.submit(self._answer, prompt) if isinstance(prompt, Prompt) else prompt)
+                while pending and (len(pending) >= 4 * self._concurrency or _is_done(pending[0])):
+                    yield settle(pending.popleft())
+            while pending:
+                yield settle(pending.popleft())
+        finally:
+            self._stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, prompt: Prompt) -> Generation | UserError:
+        for attempt in range(BROKEN_STREAM_RETRIES + 1):
+            try:
+                *_, generation = self.stream(prompt)
+                return generation
+            except ServerError as error:
+                failure = error
+                if attempt == BROKEN_STREAM_RETRIES or self._stopped.wait(2.0**attempt):
+                    break
+            except UserError as error:
+                return error
+        return failure
+
+    def _read(self, reader: "_Reader", messages: Messages, extra: dict[str, Any]) -> Iterator[Chunk]:
+        """Feed a request's stream to the reader, until it ends or the reader has enough."""
+        with _explained(self._base_url, self._timeout):
+            response = self._request(messages, reader.room, extra)
+            with contextlib.closing(response):
+                for event in response:
+                    if self._stopped.is_set() and threading.current_thread() is not threading.main_thread():
+                        raise ServerError("已停止", self._base_url)
+                    if error := getattr(event, "error", None):  # as `transformers serve` tells one
+                        raise ServerError(f"服务器中途出错：{error}", self._base_url, "请查看服务器的日志")
+                    yield from reader.feed(event)
+                    if reader.enough:
+                        return
+            if reader.finish_reason is None:
+                raise ServerError("服务器中途断开，回答不完整", self._base_url, "请再试一次，或查看服务器的日志")
+
+    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any]):
+        import openai
+
+        sampling = self._sampling
+        fields: dict[str, Any] = {
+            "model": self.name,
+            "messages": [_harmless(message) for message in messages],
+            "max_tokens": max_tokens,
+            "temperature": QWEN3_SAMPLING.temperature if sampling.temperature is None else sampling.temperature,
+            "top_p": QWEN3_SAMPLING.top_p if sampling.top_p is None else sampling.top_p,
+            "stream": True,
+        }
+        if sampling.seed is not None:
+            fields["seed"] = sampling.seed
+        try:
+            return self._client.chat.completions.create(**fields, **self._optional, extra_body=extra)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if not any(name in str(error) for name in self._optional):
+                raise
+            self._optional = {}
+            return self._client.chat.completions.create(**fields, extra_body=extra)
+
+    def _continue(self, reader: "_Reader", prompt: Prompt, no_thinking: dict[str, Any]) -> Iterator[Chunk]:
+        """The answer behind a thinking that was closed."""
+        reader.begin_answer()
+        if self._can_continue:
+            begun = f"<think>\n{as_plain_words(reader.thinking)}\n</think>\n\n"
+            as_begun = [*prompt.messages, {"role": "assistant", "content": begun}]
+            extra = {"add_generation_prompt": False, "continue_final_message": True}
+            try:
+                yield from self._read(reader, as_begun, extra)
+                return
+            except UserError:
+                if reader.answer:
+                    raise
+                self._can_continue = False
+        yield from self._read(reader, prompt.messages, no_thinking)
+
+
+class _Reader:
+    """Puts a reply together from the events of its stream, or of two."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._max_tokens = prompt.max_tokens
+        self._budget = thinking_limit(prompt.max_tokens, prompt.think_budget)
+        self._parser = chat.ReplyParser()
+        self._has_fields = False
+        self._pieces = {"thinking": "", "answer": ""}
+        self._tokens = {"thinking": 0, "answer": 0}
+        self._usage = 0
+        self._started = time.perf_counter()
+        self.finish_reason: str | None = None
+        self.cut_thinking = False
+
+    @property
+    def thinking(self) -> str:
+        """What has been thought so far."""
+        return self._pieces["thinking"].strip()
+
+    @property
+    def answer(self) -> str:
+        """What has been answered so far."""
+        return self._pieces["answer"].strip()
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return max(1, self._max_tokens - sum(self._tokens.values()))
+
+    @property
+    def enough(self) -> bool:
+        """Whether nothing more is wanted of this stream."""
+        return self.finish_reason == "repetition" or (self.cut_thinking and self.finish_reason is None)
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether the thinking was cut, or ended the turn without an answer."""
+        if self.finish_reason == "stop" and self.thinking and not self.answer:
+            self.cut_thinking = True
+        return self.cut_thinking and not self.answer
+
+    def feed(self, event: Any) -> list[Chunk]:
+        """The chunks that one event adds."""
+        if usage := getattr(event, "usage", None):
+            self._usage = usage.prompt_tokens or self._usage
+        if not event.choices:
+            return []
+        choice = event.choices[0]
+        delta = choice.delta
+        reasoning = getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None)
+        chunks = []
+        if reasoning:
+            self._has_fields = True
+            chunks.append(("thinking", reasoning))
+        if delta.content:
+            chunks += [("answer", delta.content)] if self._has_fields else self._parser.feed(delta.content)
+        if choice.finish_reason:
+            self.finish_reason = "length" if choice.finish_reason == "length" else "stop"
+        elif reasoning or delta.content:
+            self._count(chunks)
+        return self._noted(chunks)
+
+    def close_part(self) -> list[Chunk]:
+        """What the parser still held back at the end of a stream."""
+        return self._noted(self._parser.close()) if not self._has_fields else []
+
+    def begin_answer(self) -> None:
+        """The thinking was cut; what follows in another stream is the answer."""
+        self._parser, self._has_fields, self.finish_reason = chat.ReplyParser(), False, None
+
+    def generation(self) -> Generation:
+        """The finished reply."""
+        reply = chat.Reply(
+            self.thinking, self.answer, thinking_closed=bool(self.answer) or self.finish_reason == "stop"
+        )
+        reason = "think_budget" if self.cut_thinking and self.finish_reason == "stop" else self.finish_reason
+        return Generation(
+            reply=reply,
+            finish_reason=reason or "length",
+            prompt_tokens=self._usage,
+            thinking_tokens=self._tokens["thinking"],
+            answer_tokens=self._tokens["answer"],
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def _count(self, chunks: Sequence[tuple[str, str]]) -> None:
+        # A tag yields no chunk; it belongs to the thinking.
+        kind = chunks[-1][0] if chunks else ("answer" if self.answer else "thinking")
+        self._tokens[kind] += 1
+        in_circles = self._tokens[kind] % LOOP_INTERVAL == 0 and find_loop(self._pieces[kind])
+        if kind == "thinking" and not self.cut_thinking:
+            self.cut_thinking = bool(in_circles) or self._tokens[kind] >= self._budget
+        elif kind == "answer" and in_circles:
+            self.finish_reason = "repetition"
+
+    def _noted(self, chunks: Sequence[tuple[str, str]]) -> list[Chunk]:
+        for kind, text in chunks:
+            self._pieces[kind] += text
+        return [Chunk(kind, text) for kind, text in chunks if text]
+
+
+@contextlib.contextmanager
+def _explained(base_url: str, timeout: float) -> Iterator[None]:
+    """Turn what the client raises into one line for the user."""
+    import httpx
+    import openai
+
+    try:
+        yield
+    except (openai.AuthenticationError, openai.PermissionDeniedError):
+        raise UserError("服务器拒绝了密钥", base_url, f"请把密钥放进环境变量 {KEY_VARIABLE}") from None
+    except openai.NotFoundError as error:
+        raise UserError(f"服务器上没有这个地址或模型：{_words(error)}", base_url, "地址通常以 /v1 结尾") from None
+    except (openai.APITimeoutError, httpx.TimeoutException):
+        remedy = "请查看服务器是否过载，或用 --timeout 延长"
+        raise ServerError(f"服务器 {timeout:g} 秒没有回应", base_url, remedy) from None
+    except openai.RateLimitError:
+        raise ServerError("服务器一直说太忙（429）", base_url, "请减小 --concurrency，或稍后再试") from None
+    except openai.InternalServerError as error:
+        raise ServerError(f"服务器出错（{error.status_code}）", base_url, "请查看服务器的日志") from None
+    except openai.APIStatusError as error:
+        raise UserError(f"服务器不接受这个问题（{error.status_code}）：{_words(error)}", base_url) from None
+    except openai.APIConnectionError:
+        raise ServerError("连不上服务器", base_url, "请检查地址，以及服务是否已经启动") from None
+    except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
+        # A stream that breaks off, is no JSON, or is JSON of another shape.
+        if isinstance(error, UserError):
+            raise
+        what = "服务器中途断开" if isinstance(error, httpx.HTTPError) else "服务器的回应看不懂"
+        raise ServerError(f"{what}：{_words(error)}", base_url, "请查看服务器的日志") from None
+
+
+def _harmless(message: dict[str, str]) -> dict[str, str]:
+    """A message without control tokens in its text; the assistant's own thinking keeps its tags."""
+    if message["role"] == "assistant" and message["content"].startswith(chat.THINK_START):
+        return message
+    return {**message, "content": as_plain_words(message["content"])}
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _is_done(item: Any) -> bool:
+    return not hasattr(item, "done") or item.done()
