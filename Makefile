@@ -1,6 +1,7 @@
 # make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 3 分钟）
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
+# make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
 # make lint   代码检查
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
@@ -11,7 +12,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults lint fuzz lock audit clean
+.PHONY: demo test test-faults bench-assistant lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -55,6 +56,10 @@ test: $(VENV)/.ready-dev
 test-faults: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults
 	$(PY) tests/faults/tally.py
+
+# 其中 llama.cpp 一项需要 pip install -e '.[gguf]'（没有现成的 wheel 时要编译约十分钟）。
+bench-assistant: $(VENV)/.ready-dev
+	$(PY) benchmarks/assistant.py
 
 lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

@@ -10,25 +10,25 @@
 
 import sys
 import time
-from pathlib import Path
 
 from prompts import GENERAL_PROMPT
-from qwenmed import chat, checkpoints, cli, controls, files, hardware, triage
+from qwenmed import chat, cli, controls, engines, files, triage
+from qwenmed.engine import Chunk, Engine, Generation, Prompt
+from qwenmed.engines import EngineSettings
 from qwenmed.errors import UserError
 
 
 def main() -> None:
-    """Find the checkpoint, load it, answer."""
+    """Find the model, load it, answer."""
     args = parse_args()
     question = read_question(args.question)
     if (warning := triage.emergency_text(triage.assess(question))) and not args.json:
         print(f"{warning}\n", flush=True)
     files.check_encodable(args.system, "--system ")
-    checkpoint = checkpoints.find(args.checkpoint, base_model=args.base_model)
-    device = hardware.pick_device(args.device)
-    cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}")
-    engine = load_engine(checkpoint, device, args.seed)
-    answer(engine, checkpoint, question, args)
+    settings = EngineSettings(**cli.given(args, EngineSettings))
+    engine = engines.open_engine(settings)
+    prompt = Prompt(chat.user_messages(question, args.system), args.max_tokens, settings.think_budget)
+    answer(engine, prompt, question, args.json)
 
 
 def parse_args():
@@ -37,23 +37,13 @@ def parse_args():
     parser.general.add_argument(
         "question", nargs="?", metavar="QUESTION", help="问题；- 或不给时从管道读取，或当场询问"
     )
-    model = parser.add_argument_group("模型")
-    model.add_argument(
-        "-c",
-        "--checkpoint",
-        default="best",
-        metavar="DIR|latest|best",
-        help="检查点或模型目录；best、latest 取最近一次训练的最佳、最新检查点",
-    )
-    model.add_argument("--base-model", type=Path, metavar="DIR", help="LoRA 的基础模型现在的目录")
-    model.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="设备")
     reply = parser.add_argument_group("回答")
     reply.add_argument("--system", default=GENERAL_PROMPT, metavar="TEXT", help="系统提示词")
     reply.add_argument(
         "-m", "--max-tokens", type=cli.positive_int, default=2048, metavar="N", help="最多生成的 token 数"
     )
-    reply.add_argument("--seed", type=int, metavar="N", help="固定采样，使结果可以重复")
     reply.add_argument("--json", action="store_true", help="以 JSON 输出结果")
+    cli.add_settings(parser, EngineSettings)
     return parser.parse_args()
 
 
@@ -74,37 +64,29 @@ def read_question(given: str | None) -> str:
     return files.check_encodable(question, "问题").strip()
 
 
-def load_engine(checkpoint: checkpoints.Checkpoint, device, seed: int | None):
-    """Load the model and put it behind a generating engine."""
-    from qwenmed.engine import TransformersEngine
-
-    model, tokenizer = checkpoints.load(checkpoint, hardware.inference_dtype(device))
-    return TransformersEngine(model.to(device), tokenizer, seed=seed)
-
-
-def answer(engine, checkpoint: checkpoints.Checkpoint, question: str, args) -> None:
+def answer(engine: Engine, prompt: Prompt, question: str, as_json: bool) -> None:
     """Print thinking and answer as they come, or the finished reply as JSON."""
-    from qwenmed.engine import Chunk
-
     started = time.perf_counter()
     shown = None
-    for event in engine.stream(chat.user_messages(question, args.system), args.max_tokens):
-        if isinstance(event, Chunk) and not args.json:
+    for event in engine.stream(prompt):
+        if isinstance(event, Chunk) and not as_json:
             if event.kind != shown:
                 print({"thinking": "【思考】", "answer": "\n\n【回答】" if shown else "【回答】"}[event.kind])
                 shown = event.kind
             print(controls.printable(event.text), end="", flush=True)
-    if args.json:
-        print(controls.json_line(as_json(question, event, checkpoint, time.perf_counter() - started)))
+    if as_json:
+        print(controls.json_line(reply_row(question, event, engine, time.perf_counter() - started)))
         return
     print()
     if event.finish_reason == "length":
-        cli.note(f"（到达 {args.max_tokens} 个 token 的上限，回答不完整；可用 -m 增大）")
-    if checkpoint.notice:
-        print(f"\n{checkpoint.notice}")
+        cli.note(f"（到达 {prompt.max_tokens} 个 token 的上限，回答不完整；可用 -m 增大）")
+    elif event.finish_reason == "repetition":
+        cli.note("（回答开始原地重复，已停止）")
+    if engine.notice:
+        print(f"\n{engine.notice}")
 
 
-def as_json(question: str, generation, checkpoint: checkpoints.Checkpoint, seconds: float) -> dict:
+def reply_row(question: str, generation: Generation, engine: Engine, seconds: float) -> dict:
     """One reply as a JSON object."""
     return {
         "question": question,
@@ -116,8 +98,8 @@ def as_json(question: str, generation, checkpoint: checkpoints.Checkpoint, secon
         "thinking_tokens": generation.thinking_tokens,
         "answer_tokens": generation.answer_tokens,
         "seconds": round(seconds, 3),
-        "model": str(checkpoint.path),
-        **({"notice": checkpoint.notice} if checkpoint.notice else {}),
+        "model": engine.name,
+        **({"notice": engine.notice} if engine.notice else {}),
     }
 
 

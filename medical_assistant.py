@@ -1,8 +1,10 @@
 """阶段 4：医疗助手——命令行、交互对话、批量和 Python 类。
 
     python medical_assistant.py                                   # 交互模式，菜单选择场景
-    python medical_assistant.py -q "头痛三天了怎么办？" -s diagnosis
-    python medical_assistant.py -b sample_questions.json -o answers.jsonl
+    python medical_assistant.py -q "头痛三天了怎么办？" -s auto
+    python medical_assistant.py -b sample_questions.json -o answers.jsonl       # 断了用 --resume 接着做
+    python medical_assistant.py --engine openai --base-url http://localhost:8000/v1 -q "头痛三天了怎么办？"
+    python medical_assistant.py --engine llama.cpp -c model-q8_0.gguf
 
     from medical_assistant import MedicalAssistant
     assistant = MedicalAssistant(checkpoint_path="best")
@@ -12,26 +14,24 @@
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
-import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import cli, controls, files, redact, triage
+from qwenmed import chat, cli, commands, conversation, engines, files, redact, scenarios, triage
 from qwenmed.answers import AssistantReply, compose, failed_row
-from qwenmed.batch import Request, parse_request, read_requests
+from qwenmed.batch import AUTO, Answered, Request, Requests, parse_request
+from qwenmed.engine import Engine, Generation, Prompt
+from qwenmed.engines import EngineSettings
 from qwenmed.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from qwenmed.settings import fingerprint
 
 DEFAULT_MAX_TOKENS = 2048
-# Rows that are sorted by length and generated together; small enough that results come while one waits.
-BATCH_WINDOW = 32
+DEFAULT_SCENARIO = "diagnosis"
 
 
 class MedicalAssistant:
@@ -41,56 +41,53 @@ class MedicalAssistant:
     `batch` asks every row by itself.
 
     Args:
-        checkpoint_path: a checkpoint or model folder, "best" or "latest".
-        base_model: where a LoRA adapter's base model lies now, if it has moved.
-        device: "auto", "cuda", "mps" or "cpu".
-        seed: fixes sampling.
+        checkpoint_path: a checkpoint or model folder, "best" or "latest"; for llama.cpp a GGUF file.
+        engine: "transformers", "openai", "llama.cpp", or an engine of your own (`qwenmed.engine.Engine`).
         redact: mask phone, identity-card and e-mail in questions, for the model and for what is saved.
+        truncate_history: let the oldest turns go when the context fills; otherwise that is an error.
+        settings: the other fields of `qwenmed.engines.EngineSettings`: base_model, device, dtype, base_url, model,
+            concurrency, timeout, temperature, top_p, seed, think_budget.
 
     Attributes:
         last_reply: the newest AssistantReply, thinking included; None before the first.
         history: all replies of this conversation.
+
+    Raises:
+        UserError: a setting is outside of its range.
     """
 
     def __init__(
         self,
         checkpoint_path: str | Path = "best",
         *,
-        base_model: str | Path | None = None,
-        device: str = "auto",
-        seed: int | None = None,
+        engine: str | Engine = engines.TRANSFORMERS,
         redact: bool = False,
+        truncate_history: bool = True,
+        **settings: Any,
     ) -> None:
-        self.checkpoint_path = str(checkpoint_path)
-        self.base_model = Path(base_model) if base_model else None
-        self.device = device
-        self.seed = seed
+        given = {"engine": engine} if isinstance(engine, str) else {}
+        self.settings = EngineSettings(checkpoint=str(checkpoint_path), **given, **settings)
         self.redact = redact
+        self.truncate_history = truncate_history
         self.history: list[AssistantReply] = []
         self.last_reply: AssistantReply | None = None
-        self._engine = None
-        self._checkpoint = None
+        self._engine: Engine | None = None if isinstance(engine, str) else engine
 
-    def load_model(self) -> "MedicalAssistant":
-        """Find and load the checkpoint; does nothing if that has been done.
+    def load_model(self, together: int = 1) -> "MedicalAssistant":
+        """Find and load what answers; does nothing if that has been done.
+
+        Args:
+            together: replies that will be generated together; on a CPU the best number type depends on it.
 
         Raises:
-            UserError: the checkpoint or device is not there or not usable.
+            UserError: the checkpoint, server or device is not there or not usable.
         """
         if self._engine is None:
-            from qwenmed import checkpoints, hardware
-
-            self._checkpoint = checkpoints.find(self.checkpoint_path, base_model=self.base_model)
-            device = hardware.pick_device(self.device)
-            cli.note(f"正在载入：{self._checkpoint.kind} {self._checkpoint.path}（{device.type}）")
-            from qwenmed.engine import TransformersEngine
-
-            model, tokenizer = checkpoints.load(self._checkpoint, hardware.inference_dtype(device))
-            self._engine = TransformersEngine(model.to(device), tokenizer, seed=self.seed)
+            self._engine = engines.open_engine(self.settings, together)
         return self
 
     def ask_question(
-        self, question: str, scenario_type: str = "diagnosis", max_tokens: int = DEFAULT_MAX_TOKENS
+        self, question: str, scenario_type: str = DEFAULT_SCENARIO, max_tokens: int = DEFAULT_MAX_TOKENS
     ) -> str:
         """Ask, and return the answer with its disclaimer; the thinking is in `last_reply`.
 
@@ -102,15 +99,17 @@ class MedicalAssistant:
         return self.last_reply.answer
 
     def stream(
-        self, question: str, scenario_type: str = "diagnosis", max_tokens: int = DEFAULT_MAX_TOKENS
+        self, question: str, scenario_type: str = DEFAULT_SCENARIO, max_tokens: int = DEFAULT_MAX_TOKENS
     ) -> Iterator[tuple[str, str]]:
-        """Ask, and yield ("emergency" | "thinking" | "answer" | "closing", piece) pairs as they come.
+        """Ask, and yield (kind, piece) pairs as they come.
 
+        Kinds: "emergency", "scenario" (the one that "auto" has chosen, and why), "thinking", "answer", "closing".
         In an emergency its fixed text comes at once, before the model is even loaded, and the model's answer
-        only when it is whole and has been checked. The reply joins the conversation when it is complete; an abandoned one leaves no trace.
+        only when it is whole and has been checked. The reply joins the conversation when it is complete; an
+        abandoned one leaves no trace.
 
         Raises:
-            UserError: as `ask_question`.
+            UserError: as `ask_question`, or the engine failed in the middle.
         """
         question = self._redacted(check_question(question))
         check_scenario(scenario_type)
@@ -120,13 +119,16 @@ class MedicalAssistant:
         urgency = triage.assess_conversation(question, before.question if before else None)
         if warning := triage.emergency_text(urgency):
             yield "emergency", warning
+        if scenario_type == AUTO:
+            chosen = suggest_scenario(question, self.last_reply.scenario if self.last_reply else None)
+            scenario_type = chosen.scenario
+            yield "scenario", f"{MEDICAL_SCENARIOS[scenario_type]}（{chosen.reason}）"
         self.load_model()
-        from qwenmed.engine import Generation
-
+        prompt = Prompt(self._messages(question, scenario_type, max_tokens), max_tokens, self.settings.think_budget)
         shown = ""
-        for event in self._engine.stream(self._messages(question, scenario_type, max_tokens), max_tokens):
+        for event in self._engine.stream(prompt):
             if isinstance(event, Generation):
-                reply = compose(question, scenario_type, urgency, event, max_tokens, self._checkpoint)
+                reply = compose(question, scenario_type, urgency, event, max_tokens, self._engine)
             elif event.kind == "thinking" or not warning:
                 shown += event.text if event.kind == "answer" else ""
                 yield event.kind, event.text
@@ -140,33 +142,57 @@ class MedicalAssistant:
     def batch(
         self,
         rows: Iterable[Mapping[str, Any] | str | Request],
-        scenario_type: str = "diagnosis",
+        scenario_type: str = DEFAULT_SCENARIO,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        answered: Answered | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Ask many questions, each by itself, in padded batches; yields output rows in input order.
+        """Ask many questions, each by itself; yields output rows in input order, row by row.
 
-        A row that can't be asked comes back with `error` and spoils no other.
+        A row that can't be asked comes back with `error` and spoils no other. Rows are taken only as far ahead
+        as the engine needs, so that any number of them takes constant memory.
 
         Args:
             rows: questions, or rows with `question` and optional `scenario`, `max_tokens`, `id`.
             scenario_type, max_tokens: for rows that don't say.
+            answered: rows of earlier tries, which are not asked again.
         """
         check_scenario(scenario_type)
-        window: list[Request] = []
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, Request):
-                row = parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
-            window.append(dataclasses.replace(row, question=self._redacted(row.question)))
-            if len(window) == BATCH_WINDOW:
-                yield from self._answer_window(window)
-                window = []
-        if window:
-            yield from self._answer_window(window)
+        in_flight: deque[Request] = deque()
+
+        def prompts() -> Iterator[Prompt | dict[str, Any]]:
+            """What is to be asked; rows that are ready or can't be asked pass through the engine in their places."""
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, Request):
+                    row = parse_request(row, number, MEDICAL_SCENARIOS, scenario_type, max_tokens)
+                row = dataclasses.replace(row, question=self._redacted(row.question))
+                if row.scenario == AUTO and not row.error:
+                    row = dataclasses.replace(row, scenario=suggest_scenario(row.question).scenario)
+                in_flight.append(row)
+                yield failed_row(row, row.error) if row.error else self._asked(row, answered)
+
+        self.load_model(engines.TOGETHER)
+        for result in self._engine.generate(prompts()):
+            row = in_flight.popleft()
+            if isinstance(result, UserError):
+                yield failed_row(row, str(result))
+            elif isinstance(result, Generation):
+                urgency = triage.assess(row.question)
+                reply = compose(row.question, row.scenario, urgency, result, row.max_tokens, self._engine)
+                yield {**reply.as_row(row.id), "settings": self._settings_of(row)}
+            else:
+                yield result
 
     def clear(self) -> None:
         """Start a new conversation."""
         self.history.clear()
         self.last_reply = None
+
+    def take_back(self) -> AssistantReply | None:
+        """Remove the last turn from the conversation and return it, to ask it again or otherwise."""
+        taken = self.history.pop() if self.history else None
+        self.last_reply = self.history[-1] if self.history else None
+        return taken
 
     def save_conversation(self, path: str | Path | None = None) -> Path:
         """Write the conversation as JSON, readable by its owner only (mode 0600).
@@ -175,51 +201,50 @@ class MedicalAssistant:
             path: where to; by default conversation_<time>.json in the current folder.
         """
         path = Path(path or f"conversation_{datetime.datetime.now():%Y%m%d_%H%M%S}.json")
-        conversation = {"disclaimer": triage.DISCLAIMER, "turns": [reply.as_row() for reply in self.history]}
-        files.write_json(path, conversation, private=True)
+        conversation.save(path, self.history)
         return path
+
+    def load_conversation(self, path: str | Path) -> int:
+        """Go on with a saved conversation in place of this one; returns how many turns it has.
+
+        Raises:
+            UserError: the file is missing, broken, or no saved conversation.
+        """
+        self.history = conversation.load(Path(path), MEDICAL_SCENARIOS)
+        self.last_reply = self.history[-1] if self.history else None
+        return len(self.history)
 
     def _redacted(self, question: str) -> str:
         return redact.redact(question).text if self.redact else question
 
     def _messages(self, question: str, scenario: str, max_tokens: int) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
-        from qwenmed import chat
+        messages, left_out = conversation.prompt_messages(
+            question, MEDICAL_PROMPTS[scenario], self.history, self._engine, max_tokens, self.truncate_history
+        )
+        if left_out:
+            cli.note(f"（上下文已满，这次没有发送最早的 {left_out} 轮对话）")
+        return messages
 
-        turns = [
-            [{"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.said}]
-            for reply in self.history
-            if reply.said
-        ]
-        while True:
-            earlier = [message for turn in turns for message in turn]
-            messages = chat.user_messages(question, MEDICAL_PROMPTS[scenario], earlier)
-            if not turns or self._engine.count_tokens(messages) + max_tokens <= self._engine.context_length:
-                return messages
-            turns.pop(0)
+    def _asked(self, row: Request, answered: Answered | None) -> Prompt | dict[str, Any]:
+        known = answered and answered.find(row.id, row.question, row.scenario, self._settings_of(row))
+        if known:
+            return known
+        messages = chat.user_messages(row.question, MEDICAL_PROMPTS[row.scenario])
+        return Prompt(messages, row.max_tokens, self.settings.think_budget)
 
-    def _answer_window(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
-        from qwenmed import chat
+    def _settings_of(self, row: Request) -> str:
+        """What an answer depends on besides question and scenario."""
+        return fingerprint([self._engine.fingerprint, row.max_tokens, self.settings.think_budget, self.redact])
 
-        if any(request.error is None for request in requests):
-            self.load_model()
-        prompts, errors = {}, {i: request.error for i, request in enumerate(requests) if request.error}
-        for i, request in enumerate(requests):
-            if i not in errors:
-                prompts[i] = chat.user_messages(request.question, MEDICAL_PROMPTS[request.scenario])
-        for i, prompt in prompts.items():
-            if (tokens := self._engine.count_tokens(prompt)) >= self._engine.context_length:
-                errors[i] = f"问题太长：{tokens} 个 token，上下文只有 {self._engine.context_length}"
-        asked = [i for i in prompts if i not in errors]
-        generated = self._engine.generate([(prompts[i], requests[i].max_tokens) for i in asked]) if asked else []
-        replies = dict(zip(asked, generated, strict=True))
-        for i, request in enumerate(requests):
-            if i in errors:
-                yield failed_row(request, errors[i])
-                continue
-            question, urgency = request.question, triage.assess(request.question)
-            reply = compose(question, request.scenario, urgency, replies[i], request.max_tokens, self._checkpoint)
-            yield reply.as_row(request.id)
+
+def suggest_scenario(question: str, before: str | None = None) -> scenarios.Suggestion:
+    """The scenario among the ten that a question fits best, and why; deterministic, no model.
+
+    Args:
+        before: the scenario of the turn before, kept where the question itself has no clue.
+    """
+    return scenarios.suggest(question, MEDICAL_SCENARIOS, before or DEFAULT_SCENARIO)
 
 
 def check_question(question: object) -> str:
@@ -239,9 +264,9 @@ def check_scenario(scenario: str) -> None:
     Raises:
         UserError: it doesn't; the valid ones are listed.
     """
-    if scenario not in MEDICAL_SCENARIOS:
+    if scenario not in MEDICAL_SCENARIOS and scenario != AUTO:
         valid = "、".join(f"{id_}（{name}）" for id_, name in MEDICAL_SCENARIOS.items())
-        raise UserError(f"未知场景 {scenario}", None, f"可选：{valid}")
+        raise UserError(f"未知场景 {scenario}", None, f"可选：{valid}、auto（自动选择）")
 
 
 def main() -> int:
@@ -253,16 +278,24 @@ def main() -> int:
         args.question = cli.read_stdin("问题")
     if args.question is not None:
         check_question(args.question)
+    scenario = args.scenario or DEFAULT_SCENARIO
+    requests = Requests(args.batch, MEDICAL_SCENARIOS, scenario, args.max_tokens) if args.batch else []
     if args.triage:
-        return classify(args)
+        return commands.classify(
+            requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output
+        )
+    settings = cli.given(args, EngineSettings)
     assistant = MedicalAssistant(
-        args.checkpoint, base_model=args.base_model, device=args.device, seed=args.seed, redact=args.redact
+        settings.pop("checkpoint", "best"), redact=args.redact, truncate_history=args.truncate_history, **settings
     )
+    if args.load:
+        cli.note(f"已载入 {assistant.load_conversation(args.load)} 轮对话")
     if args.batch:
-        return answer_batch(assistant, args)
+        names = None if args.output or args.json else MEDICAL_SCENARIOS
+        return commands.answer_batch(assistant, requests, args.output, resume=args.resume, names=names)
     if args.question is not None:
-        return answer_one(assistant, args)
-    return converse(assistant, args)
+        return commands.answer_one(assistant, args.question, scenario, args)
+    return commands.converse(assistant, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS, args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -270,10 +303,13 @@ def parse_args() -> argparse.Namespace:
     parser = cli.build_parser("medical_assistant.py", __doc__)
     ask = parser.add_argument_group("提问（都不给时进入交互模式）")
     ask.add_argument("-q", "--question", metavar="TEXT", help="问一个问题；- 从标准输入读取，命令行里就看不到它")
-    ask.add_argument("-b", "--batch", type=Path, metavar="FILE", help="批量：JSON 列表、JSONL 或 CSV")
+    ask.add_argument("-b", "--batch", type=Path, metavar="FILE", help="批量：JSONL、CSV 或 JSON 列表（大文件用前两种）")
     ask.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="批量结果写到哪里（默认标准输出）")
-    scenarios = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
-    ask.add_argument("-s", "--scenario", metavar="ID", help=f"场景（默认 diagnosis）：{scenarios}")
+    ask.add_argument("--resume", action="store_true", help="接着做中断的批量：答过的行不再问")
+    listed = "、".join(f"{id_} {name}" for id_, name in MEDICAL_SCENARIOS.items())
+    ask.add_argument(
+        "-s", "--scenario", metavar="ID", help=f"场景（默认 {DEFAULT_SCENARIO}）：{listed}；auto 按问题自动选择"
+    )
     ask.add_argument(
         "--triage", action="store_true", help="只判断紧急程度（与 -q 或 -b 一起用），不载入模型，每题输出一行 JSON"
     )
@@ -282,18 +318,15 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="遮住问题里的手机号、固定电话、身份证号和邮箱；模型和保存的文件只见到遮住的",
     )
-    model = parser.add_argument_group("模型")
-    model.add_argument(
-        "-c", "--checkpoint", default="best", metavar="DIR|latest|best", help="检查点；best、latest 取最近一次训练的"
-    )
-    model.add_argument("--base-model", type=Path, metavar="DIR", help="LoRA 的基础模型现在的目录")
-    model.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="设备")
-    reply = parser.add_argument_group("回答")
+    reply = parser.add_argument_group("回答与对话")
     reply.add_argument(
         "-m", "--max-tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, metavar="N", help="最多生成的 token 数"
     )
-    reply.add_argument("--seed", type=int, metavar="N", help="固定采样，使结果可以重复")
+    reply.add_argument(
+        "--think", choices=("show", "hide", "summary"), default="show", help="思考：显示、隐藏，或只显示长短"
+    )
     reply.add_argument("--json", action="store_true", help="以 JSON 输出，每行一个结果")
+    reply.add_argument("--load", type=Path, metavar="FILE", help="接着以前保存的对话")
     reply.add_argument(
         "--save-history",
         nargs="?",
@@ -301,99 +334,23 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="结束时保存对话（默认 conversation_时间.json，仅自己可读）",
     )
+    reply.add_argument(
+        "--truncate-history",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="上下文满了就从最早的一轮起不再发送（默认）；--no- 则报错",
+    )
+    cli.add_settings(parser, EngineSettings)
     args = parser.parse_args()
     if args.batch and args.question is not None:
         parser.error("-q 和 -b 不能同时使用")
     if args.output and not args.batch:
         parser.error("-o 只用于批量（-b）")
+    if args.resume and not args.output:
+        parser.error("--resume 只用于写到文件的批量（-b 和 -o）")
     if args.triage and not args.batch and args.question is None:
         parser.error("--triage 需要 -q 或 -b")
     return args
-
-
-def classify(args: argparse.Namespace) -> int:
-    """`--triage`: how urgent each question is, by the rules alone; exit status 3 if a row can't be read."""
-    if args.question is not None:
-        requests = [Request(1, check_question(args.question), "diagnosis", args.max_tokens)]
-    else:
-        requests = read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
-    with files.growing_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as out:
-        for request in requests:
-            urgency = triage.assess(request.question)
-            row = {"question": request.question, "urgency": urgency.level, "reasons": urgency.reasons}
-            print(controls.json_line({**row, "error": request.error} if request.error else row), file=out)
-    return cli.EXIT_SOME_ROWS_FAILED if any(request.error for request in requests) else cli.EXIT_OK
-
-
-def answer_one(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
-    """`-q`: one question."""
-    pieces = assistant.stream(args.question, args.scenario or "diagnosis", args.max_tokens)
-    if args.json:
-        for _ in pieces:
-            pass
-        print(controls.json_line(assistant.last_reply.as_row()))
-    else:
-        from qwenmed import terminal
-
-        terminal.print_reply(pieces)
-        warn_if_cut(assistant.last_reply, args.max_tokens)
-    save_history(assistant, args)
-    return cli.EXIT_OK
-
-
-def answer_batch(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
-    """`-b`: a file of questions; exit status 3 if any row failed."""
-    from qwenmed import terminal
-
-    requests = read_requests(args.batch, MEDICAL_SCENARIOS, args.scenario or "diagnosis", args.max_tokens)
-    if args.output:
-        files.check_writable(args.output.parent)
-    assistant.load_model()
-    failed = 0
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(terminal.batch_progress(len(requests)))
-        out = stack.enter_context(files.growing_file(args.output)) if args.output else sys.stdout
-        as_line = controls.json_line if args.output or args.json else terminal.batch_row_as_text(MEDICAL_SCENARIOS)
-        for row in assistant.batch(requests):
-            failed += "error" in row
-            print(as_line(row), file=out, flush=True)
-            progress.update()
-    if args.output:
-        cli.note(f"已写入 {args.output}")
-    cli.note(f"完成 {len(requests) - failed} 题，失败 {failed} 题")
-    return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
-
-
-def converse(assistant: MedicalAssistant, args: argparse.Namespace) -> int:
-    """The interactive mode."""
-    from qwenmed import terminal
-
-    assistant.load_model()
-
-    def ask(question: str, scenario: str) -> Iterator[tuple[str, str]]:
-        yield from assistant.stream(question, scenario, args.max_tokens)
-        warn_if_cut(assistant.last_reply, args.max_tokens)
-
-    session = terminal.Session(
-        MEDICAL_SCENARIOS, SAMPLE_QUESTIONS, ask, assistant.clear, assistant.save_conversation, args.scenario
-    )
-    try:
-        session.run()
-    finally:
-        save_history(assistant, args)
-    return cli.EXIT_OK
-
-
-def warn_if_cut(reply: AssistantReply, max_tokens: int) -> None:
-    """Say when the token limit has cut an answer off."""
-    if reply.finish_reason == "length" and reply.raw_answer:
-        cli.note(f"（到达 {max_tokens} 个 token 的上限，回答不完整；可用 -m 增大）")
-
-
-def save_history(assistant: MedicalAssistant, args: argparse.Namespace) -> None:
-    """`--save-history`: keep the conversation, only where asked for."""
-    if args.save_history is not None and assistant.history:
-        cli.note(f"对话已保存：{assistant.save_conversation(args.save_history or None)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from qwenmed import triage
 from qwenmed.batch import Request
 
 if TYPE_CHECKING:
-    from qwenmed.checkpoints import Checkpoint
-    from qwenmed.engine import Generation
+    from qwenmed.engine import Engine, Generation
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class AssistantReply:
         raw_answer: as generated; "" if the model gave none.
         cautions: names of the cautions that the answer called for; "contradiction" if it talked an emergency
             down and was withheld – then only `raw_answer` has it.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length", "think_budget" or "repetition"; see `engine.Generation`.
         seconds: wall time.
-        model: the checkpoint's folder.
+        model: the checkpoint's folder, the server's model, or the GGUF file.
     """
 
     question: str
@@ -61,7 +60,7 @@ def compose(
     urgency: triage.Urgency,
     generation: "Generation",
     max_tokens: int,
-    checkpoint: "Checkpoint",
+    engine: "Engine",
 ) -> AssistantReply:
     """Put a reply together from what was asked, what the rules say and what the model generated."""
     raw = generation.reply.answer
@@ -75,7 +74,7 @@ def compose(
         urgency=urgency.level,
         reasons=urgency.reasons,
         thinking=generation.reply.thinking,
-        answer=triage.close_answer(checked.text, checkpoint.notice, urgency),
+        answer=triage.close_answer(checked.text, engine.notice, urgency),
         raw_answer=raw,
         cautions=checked.cautions,
         finish_reason=generation.finish_reason,
@@ -83,7 +82,7 @@ def compose(
         thinking_tokens=generation.thinking_tokens,
         answer_tokens=generation.answer_tokens,
         seconds=round(generation.seconds, 3),
-        model=str(checkpoint.path),
+        model=engine.name,
     )
 
 

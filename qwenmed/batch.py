@@ -1,13 +1,26 @@
-"""The questions of a batch, row by row. What is wrong with one row stays with that row."""
+"""A batch: questions in, row by row, and a results file that survives a kill.
 
+What is wrong with one row stays with that row. Files are read and written row by row, so that a hundred thousand
+questions take no more memory than ten (a JSON list excepted: it is one document and read whole).
+
+The results grow as FILE.partial. `--resume` collects what earlier tries have answered in FILE.answered and finds
+each row there by what was asked: id, question, scenario and `settings`, a short hash of model and settings.
+"""
+
+import contextlib
+import hashlib
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwenmed import files, records
 from qwenmed.errors import UserError
+
+# Stands for a scenario that is chosen by the question.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Request:
     Attributes:
         id: the row's own id, or its number from 1.
         question: what is asked.
-        scenario: a scenario id.
+        scenario: a scenario id, or `AUTO`.
         max_tokens: limit of new tokens.
         error: why the row can't be asked, or None.
     """
@@ -29,20 +42,35 @@ class Request:
     error: str | None = None
 
 
-def read_requests(path: Path, scenarios: Collection[str], scenario: str, max_tokens: int) -> list[Request]:
-    """Read a batch file: a JSON list, JSONL, or CSV of questions (text, or rows with `question`).
+class Requests:
+    """The questions of a file: iterates over them anew each time, and knows how many they are.
+
+    The file is read through once at the beginning, so that what is wrong with it as a whole shows before any work.
 
     Args:
+        path: a JSON list, JSONL, or CSV of questions (text, or rows with `question`).
         scenarios: the known scenario ids.
         scenario, max_tokens: for rows that don't say.
 
     Raises:
         UserError: the file is missing, empty, broken, or no list.
     """
-    rows = _rows(path)
-    if not rows:
-        raise UserError("批量文件里没有一个问题", path, '应为列表，例如 [{"question": "…", "scenario": "diagnosis"}]')
-    return [parse_request(row, number, scenarios, scenario, max_tokens) for number, row in enumerate(rows, 1)]
+
+    def __init__(self, path: Path, scenarios: Collection[str], scenario: str, max_tokens: int) -> None:
+        self._path, self._scenarios = path, scenarios
+        self._scenario, self._max_tokens = scenario, max_tokens
+        self._count = sum(1 for _ in _rows(path))
+        if not self._count:
+            raise UserError(
+                "批量文件里没有一个问题", path, '应为列表，例如 [{"question": "…", "scenario": "diagnosis"}]'
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        for number, row in enumerate(_rows(self._path), 1):
+            yield parse_request(row, number, self._scenarios, self._scenario, self._max_tokens)
 
 
 def parse_request(row: object, number: int, scenarios: Collection[str], scenario: str, max_tokens: int) -> Request:
@@ -62,17 +90,103 @@ def parse_request(row: object, number: int, scenarios: Collection[str], scenario
     error = None
     if not isinstance(question, str) or not question.strip():
         error, question = "缺少 question（为空或不是文本）", question if isinstance(question, str) else ""
-    elif not isinstance(own_scenario, str) or own_scenario not in scenarios:
+    elif not isinstance(own_scenario, str) or (own_scenario not in scenarios and own_scenario != AUTO):
         error, own_scenario = f"未知场景 {own_scenario!r}，可选：{'、'.join(scenarios)}", str(own_scenario)
     elif limit is None:
         error = "max_tokens 应为正整数"
     return Request(id_, question.strip(), str(own_scenario), limit or max_tokens, error)
 
 
-def _rows(path: Path) -> list[object]:
+class Answered:
+    """The rows that earlier tries of a batch have answered, found by what was asked.
+
+    Keeps a short hash and a place in the file for each row, not the rows.
+    """
+
+    def __init__(self, paths: Collection[Path]) -> None:
+        self._files = [path.open("rb") for path in paths]
+        self._places: dict[bytes, tuple[IO[bytes], int]] = {}
+        for file in self._files:
+            offset = 0
+            for line in file:
+                row = _parsed(line)
+                if row is not None and "error" not in row and "answer" in row:
+                    self._places[_key(row)] = (file, offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def find(self, id_: Any, question: str, scenario: str, settings: str) -> dict[str, Any] | None:
+        """The row that answers this, or None."""
+        asked = {"id": id_, "question": question, "scenario": scenario, "settings": settings}
+        if (place := self._places.get(_key(asked))) is None:
+            return None
+        file, offset = place
+        file.seek(offset)
+        row = _parsed(file.readline())
+        return row if row and all(row.get(name) == value for name, value in asked.items()) else None
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+@contextlib.contextmanager
+def results_file(path: Path, resume: bool) -> Iterator[tuple[IO[str], Answered | None]]:
+    """Open a batch's results, which take their name when the block ends without an error.
+
+    Args:
+        resume: also give the rows that earlier tries have answered.
+
+    Raises:
+        UserError: an earlier try was cut short, and nobody has said what to do with its answers.
+    """
+    partial, collected = path.with_name(path.name + ".partial"), path.with_name(path.name + ".answered")
+    left_over = [each for each in (partial, collected) if each.exists()]
+    if left_over and not resume:
+        remedy = "加上 --resume 接着做，或先删除它从头开始"
+        raise UserError("上一次没有做完，它的结果还在", left_over[0], remedy)
+    answered = None
+    with contextlib.ExitStack() as stack:
+        if resume:
+            _collect(partial, collected)
+            answered = Answered([each for each in (path, collected) if each.exists()])
+            stack.callback(answered.close)
+        with files.growing_file(path) as file:
+            yield file, answered
+    collected.unlink(missing_ok=True)
+
+
+def _collect(partial: Path, collected: Path) -> None:
+    """Add a cut-off try's rows to the collected ones; killed in the middle, the next try adds them once more."""
+    if not partial.exists():
+        return
+    with partial.open("rb") as source, collected.open("ab") as target:
+        for line in source:
+            if line.endswith(b"\n"):
+                target.write(line)
+    partial.unlink()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the last line of a killed run may be cut
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _key(row: Mapping[str, Any]) -> bytes:
+    asked = [row.get(name) for name in ("id", "question", "scenario", "settings")]
+    return hashlib.blake2b(json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=12).digest()
+
+
+def _rows(path: Path) -> Iterator[object]:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".csv"):
-        return [row for _, row in records.read_rows(files.require_file(path, "批量文件"))]
+        return (row for _, row in records.read_rows(files.require_file(path, "批量文件")))
     if suffix != ".json":
         files.require_file(path, "批量文件")
         raise UserError(
@@ -81,7 +195,7 @@ def _rows(path: Path) -> list[object]:
     document = files.read_json(path)
     if not isinstance(document, list):
         raise UserError("批量文件应是一个列表", path, '例如 [{"question": "…", "scenario": "diagnosis"}]')
-    return document
+    return iter(document)
 
 
 def _whole_number(value: object) -> int | None:

@@ -41,15 +41,52 @@ def read_text(path: Path) -> str:
     """
     data = require_file(path).read_bytes()
     if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
+        raise _binary(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        remedy = "请另存为 UTF-8，例如 iconv -f GB18030 -t UTF-8 原文件 > 新文件"
-        raise UserError(f"文件不是 UTF-8 编码（第 {error.start} 字节起无法解码）", path, remedy) from None
+        raise _not_utf8(path, error.start) from None
     if not text.strip():
-        raise UserError("文件是空的", path, "请检查它是否下载或导出完整")
+        raise _empty(path)
     return text
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text one by one, with their line ends, however large the file is.
+
+    Only a line feed ends a line: U+2028 and U+0085 stand inside of JSON strings.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    offset, blank = 0, True
+    with require_file(path).open("rb") as file:
+        start = file.peek(8192)[:8192]
+        if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise _binary(path)
+        for data in file:
+            try:
+                line = data.decode("utf-8-sig" if offset == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, offset + error.start) from None
+            offset += len(data)
+            blank = blank and not line.strip()
+            yield line
+    if blank:
+        raise _empty(path)
+
+
+def _binary(path: Path) -> UserError:
+    return UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
+
+
+def _not_utf8(path: Path, offset: int) -> UserError:
+    remedy = "请另存为 UTF-8，例如 iconv -f GB18030 -t UTF-8 原文件 > 新文件"
+    return UserError(f"文件不是 UTF-8 编码（第 {offset} 字节起无法解码）", path, remedy)
+
+
+def _empty(path: Path) -> UserError:
+    return UserError("文件是空的", path, "请检查它是否下载或导出完整")
 
 
 def read_json(path: Path) -> object:

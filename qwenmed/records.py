@@ -1,7 +1,6 @@
 """A record of the data set – question, thinking, answer – and the reading of any file of them."""
 
 import csv
-import io
 import json
 import math
 import random
@@ -130,12 +129,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(path)
-    text = files.read_text(path)
     if suffix == ".csv":
-        return _csv_rows(path, text)
-    if suffix == ".json" and not _looks_like_jsonl(text):
+        return _csv_rows(path)
+    if suffix == ".json" and not _looks_like_jsonl(files.read_text(path)):
         return _json_rows(path)
-    return _jsonl_rows(path, text)
+    return _jsonl_rows(path)
 
 
 def parse_row(row: object, place: str) -> Record | Problem:
@@ -247,18 +245,15 @@ def _parse_formatted(row: dict, place: str) -> Record | Problem:
     )
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict | Problem]]:
-    # Not splitlines(): it also breaks at U+2028 and U+0085, which stand inside JSON strings.
-    lines = text.split("\n")
-    last = max(number for number, line in enumerate(lines, 1) if line.strip())
-    for number, line in enumerate(lines, 1):
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    for number, line in enumerate(files.read_lines(path), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             yield place, json.loads(line)
         except json.JSONDecodeError as error:
-            if number == last and not text.endswith("\n") and number > 1:
+            if number > 1 and not line.endswith("\n"):  # only the last line has no end
                 remedy = "文件没有写完（下载或复制中断？），请重新获取"
                 raise UserError("最后一行不完整", place, remedy) from None
             yield place, Problem(place, f"不是合法的 JSON（第 {error.colno} 列附近）")
@@ -291,8 +286,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:
         yield f"{path}:第{number}条", row
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict | Problem]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    reader = csv.DictReader(files.read_lines(path))
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"

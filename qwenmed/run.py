@@ -109,15 +109,20 @@ class Run:
 
     def finish(self, trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", rows: Rows, general: str) -> None:
         """Generate the sample answers, draw the curve, complete run.json and say where everything is."""
-        from qwenmed.engine import TransformersEngine
+        from qwenmed.engine import Prompt, Sampling
+        from qwenmed.engine_transformers import TransformersEngine
 
         self._record(trainer, "finished")
         wanted = rows.val_records[:SAMPLE_COUNT] if self.settings.sample_tokens else []
         if wanted:
             cli.note(f"用最佳检查点回答 {len(wanted)} 个验证问题 …")
-            engine = TransformersEngine(_ready_to_generate(trainer.model), tokenizer, seed=self.settings.seed)
-            prompts = [chat.user_messages(record.question, record.system or general) for record in wanted]
-            replies = engine.generate([(messages, self.settings.sample_tokens) for messages in prompts])
+            sampling = Sampling(seed=self.settings.seed)
+            engine = TransformersEngine(_ready_to_generate(trainer.model), tokenizer, sampling)
+            prompts = [
+                Prompt(chat.user_messages(record.question, record.system or general), self.settings.sample_tokens)
+                for record in wanted
+            ]
+            replies = engine.generate(prompts)
             samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
             files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
             self.tracker.log_texts(

@@ -4,27 +4,55 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from qwenmed.answers import AssistantReply
+from qwenmed.batch import AUTO
 from qwenmed.controls import printable
 from qwenmed.errors import UserError
 
 HELP = """\
-直接输入问题即可提问，上文会一并发给模型。命令：
-  help       显示本帮助
-  samples    列出本场景的示例问题，输入编号即可提问
-  scenario   换一个场景
-  clear      清空对话，重新开始
-  save [文件] 保存对话（只有你自己可读）
-  quit       退出（Ctrl-D 也可以；回答时按 Ctrl-C 只停止这一条回答）"""
+直接输入问题即可提问，上文会一并发给模型。命令（斜杠可以省略，/think、/retry、/load 除外）：
+  /help               显示本帮助
+  /samples            列出本场景的示例问题，输入编号即可提问
+  /scenario [场景]    换一个场景（编号、名称，或 auto 按问题自动选择）
+  /think [show|hide|summary]  显示、隐藏或收起思考；/think show 也会展开上一条的思考
+  /retry              重新回答上一个问题
+  /save [文件]        保存对话（只有你自己可读）
+  /load 文件          接着以前保存的对话
+  /clear              清空对话，重新开始；换一位咨询者时请用它
+  /quit               退出（Ctrl-D 也可以；回答时按 Ctrl-C 只停止这一条回答）"""
 
-COMMANDS = {
-    "help": {"help", "帮助", "?", "？", "/help"},
-    "samples": {"samples", "示例", "/samples"},
-    "scenario": {"scenario", "场景", "/scenario"},
-    "clear": {"clear", "清空", "/clear"},
-    "quit": {"quit", "exit", "q", "退出", "/quit", "/exit"},
-}
+# Each command's names; the first is the method's.
+COMMANDS = (
+    ("help", "/help", "帮助", "?", "？"),
+    ("samples", "/samples", "示例"),
+    ("scenario", "/scenario", "场景"),
+    ("think", "/think"),
+    ("retry", "/retry"),
+    ("save", "/save", "保存"),
+    ("load", "/load"),
+    ("clear", "/clear", "清空"),
+    ("quit", "/quit", "/exit", "exit", "q", "退出"),
+)
+# Words that begin a question as well ("think …") are commands with a slash only.
+SLASH_ONLY = ("think", "retry", "load")
+# These take what follows them; the others stand alone, or they are a question ("help me").
+WITH_ARGUMENT = ("scenario", "think", "save", "load")
+THINK_MODES = ("show", "hide", "summary")
+_ALONE = {name: command[0] for command in COMMANDS for name in command if name not in SLASH_ONLY}
+
+
+class Assistant(Protocol):
+    """What the terminal needs of an assistant; see `MedicalAssistant`."""
+
+    last_reply: AssistantReply | None
+    history: list[AssistantReply]
+
+    def clear(self) -> None: ...  # noqa: D102
+    def take_back(self) -> AssistantReply | None: ...  # noqa: D102
+    def save_conversation(self, path: Path | None = None) -> Path: ...  # noqa: D102
+    def load_conversation(self, path: Path) -> int: ...  # noqa: D102
 
 
 class Quit(Exception):
@@ -32,31 +60,60 @@ class Quit(Exception):
 
 
 class Display:
-    """Shows a reply as it comes: thinking dimmed and labelled apart from the answer."""
+    """Shows a reply as it comes: thinking dimmed and labelled apart from the answer.
 
-    def __init__(self, out=None) -> None:
+    Args:
+        think: "show", "hide", or "summary" – one line that says how long it is.
+    """
+
+    def __init__(self, out=None, think: str = "show") -> None:
         self._out = out or sys.stdout
-        self._colour = self._out.isatty() and "NO_COLOR" not in os.environ
+        self._live = self._out.isatty()
+        self._colour = self._live and "NO_COLOR" not in os.environ
+        self._think = think
         self._kind: str | None = None
+        self._folded = 0  # characters of a thinking that is not shown
 
     def piece(self, kind: str, text: str) -> None:
-        """Show a piece of "emergency" (a fixed text), "thinking", "answer" or "closing" (what the program adds)."""
+        """Show a piece of "emergency" (fixed), "scenario", "thinking", "answer" or "closing" (the program's)."""
         text = printable(text)
+        if kind == "thinking" and self._think != "show":
+            self._fold(text)
+            return
+        self._unfold()
         if kind != self._kind:
             if self._kind is not None:
-                self._write("\n" if self._kind == "emergency" else "\n\n")
-            label = {"thinking": "【思考】\n", "answer": "【回答】\n"}.get(kind, "")
-            self._write(self._styled(kind, label))
+                self._write("\n" if self._kind in ("emergency", "scenario") else "\n\n")
+            self._write(self._styled(kind, {"thinking": "【思考】\n", "answer": "【回答】\n"}.get(kind, "")))
             self._kind = kind
+        text = f"〔场景：{text}〕" if kind == "scenario" else text
         self._write(self._styled(kind, text) + ("\n" if kind == "emergency" else ""))
 
     def end(self) -> None:
         """The reply has ended."""
+        self._unfold()
         self._write("\n")
         self._kind = None
 
+    def _fold(self, text: str) -> None:
+        if not self._folded and self._kind is not None:
+            self._write("\n")
+            self._kind = None
+        self._folded += len(text)
+        if self._live:  # a sign of life in place of the thinking
+            self._write(self._styled("thinking", f"\r思考中… {self._folded} 字"))
+
+    def _unfold(self) -> None:
+        if not self._folded:
+            return
+        if self._live:
+            self._write("\r\033[K")
+        if self._think == "summary":
+            self._write(self._styled("thinking", f"【思考】已收起，{self._folded} 字") + "\n\n")
+        self._folded = 0
+
     def _styled(self, kind: str, text: str) -> str:
-        style = {"thinking": "2", "emergency": "1;31"}.get(kind)
+        style = {"thinking": "2", "scenario": "2", "emergency": "1;31"}.get(kind)
         return f"\033[{style}m{text}\033[0m" if self._colour and text and style else text
 
     def _write(self, text: str) -> None:
@@ -68,69 +125,86 @@ class Session:
     """The interactive mode.
 
     Args:
+        assistant: keeps the conversation.
+        ask: asks it a question in a scenario and yields (kind, piece) pairs.
         scenarios: id → name, in menu order.
         samples: id → sample questions.
-        ask: asks a question in a scenario and yields (kind, piece) pairs.
-        clear: starts a new conversation.
-        save: saves the conversation to a path and returns it.
         scenario: the scenario to begin in, or None for the menu.
+        think: how thinking is shown, one of `THINK_MODES`.
     """
 
     def __init__(
         self,
+        assistant: Assistant,
+        ask: Callable[[str, str], Iterable[tuple[str, str]]],
         scenarios: Mapping[str, str],
         samples: Mapping[str, Sequence[str]],
-        ask: Callable[[str, str], Iterable[tuple[str, str]]],
-        clear: Callable[[], None],
-        save: Callable[[Path | None], Path],
         scenario: str | None = None,
+        think: str = "show",
     ) -> None:
-        self._scenarios, self._samples = scenarios, samples
-        self._ask, self._clear, self._save = ask, clear, save
+        self._assistant, self._ask = assistant, ask
+        self._scenarios, self._samples = {**scenarios, AUTO: "自动选择"}, samples
         self._scenario = scenario
+        self._think = think
         self._offered: Sequence[str] = ()
+        self._read = line_reader()
 
     def run(self) -> None:
         """Talk until the user leaves or the input ends."""
-        _enable_line_editing()
-        print("Qwen3 医疗助手。输入 help 查看命令，quit 退出。")
+        print("Qwen3 医疗助手。输入 /help 查看命令，/quit 退出。")
         try:
             if self._scenario is None:
                 self._choose_scenario()
             else:
                 self._announce()
+            warned = False
             while True:
-                self._turn(_read(f"\n[{self._scenarios[self._scenario]}] 您的问题："))
+                try:
+                    line = self._read(f"\n[{self._scenarios[self._scenario]}] 您的问题：")
+                except KeyboardInterrupt:
+                    if warned or not sys.stdin.isatty():
+                        raise
+                    warned = True
+                    print("（再按一次 Ctrl-C 退出）")
+                    continue
+                warned = False
+                self._turn(line)
         except Quit:
             print("再见，祝您健康。")
 
     def _turn(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        command = next((name for name, words in COMMANDS.items() if line.lower() in words), None)
+        command = _ALONE.get(word.lower()) or (word[1:].lower() if word[1:].lower() in SLASH_ONLY else None)
+        if command and rest.strip() and command not in WITH_ARGUMENT:
+            command = None
         if not line:
-            print("问题是空的；输入 help 查看命令。")
-        elif word.lower() in {"save", "/save", "保存"}:
-            self._save_to(rest.strip())
-        elif command:
-            getattr(self, f"_do_{command}")()
+            print("问题是空的；输入 /help 查看命令。")
+        elif command and (command not in SLASH_ONLY or word.startswith("/")):
+            arguments = (rest.strip(),) if command in WITH_ARGUMENT else ()
+            getattr(self, f"_do_{command}")(*arguments)
+        elif word.startswith("/") and word.isascii():
+            print(printable(f"没有命令 {word}；输入 /help 查看命令。"))
         elif _is_number(line, len(self._offered)):
             question = self._offered[int(line) - 1]
             print(f"问：{question}")
-            self._answer(question)
+            self._answer(question, self._scenario)
         else:
-            self._answer(line)
+            self._answer(line, self._scenario)
 
-    def _answer(self, question: str) -> None:
-        display = Display()
+    def _answer(self, question: str, scenario: str) -> bool:
+        display = Display(think=self._think)
         try:
-            for kind, text in self._ask(question, self._scenario):
+            for kind, text in self._ask(question, scenario):
                 display.piece(kind, text)
             display.end()
+            return True
         except KeyboardInterrupt:
             display.end()
             print("（已停止这一条回答，对话保留）")
         except UserError as error:
+            display.end()
             print(printable(f"错误：{error}"))
+        return False
 
     def _do_help(self) -> None:
         print(HELP)
@@ -144,44 +218,118 @@ class Session:
             print(f"  {number}. {question}")
         print("输入编号即可提问。")
 
-    def _do_scenario(self) -> None:
-        self._choose_scenario()
+    def _do_scenario(self, wanted: str) -> None:
+        if not wanted:
+            self._choose_scenario()
+        elif chosen := self._named(wanted):
+            self._enter(chosen)
+        else:
+            print(printable(f"没有场景 {wanted}；输入 /scenario 从菜单里选。"))
+
+    def _do_think(self, mode: str) -> None:
+        if mode not in ("", *THINK_MODES):
+            print("用法：/think show（显示）、/think hide（隐藏）、/think summary（收起）")
+            return
+        folded = self._think != "show"
+        self._think = mode or ("show" if folded else "summary")
+        print({"show": "思考会显示。", "hide": "思考不显示。", "summary": "思考会收起。"}[self._think])
+        last = self._assistant.last_reply
+        if folded and self._think == "show" and last and last.thinking:
+            display = Display()
+            display.piece("thinking", last.thinking)
+            display.end()
+
+    def _do_retry(self) -> None:
+        last = self._assistant.take_back()
+        if last is None:
+            print("还没有可以重新回答的问题。")
+            return
+        print(printable(f"问：{last.question}"))
+        if not self._answer(last.question, last.scenario):
+            self._assistant.history.append(last)  # a retry that was stopped costs nothing
+            self._assistant.last_reply = last
+
+    def _do_save(self, name: str) -> None:
+        try:
+            print(f"对话已保存：{self._assistant.save_conversation(Path(name) if name else None)}")
+        except (UserError, OSError, ValueError) as error:  # a NUL in a file name is a ValueError
+            print(printable(f"错误：没有保存：{error}"))
+
+    def _do_load(self, name: str) -> None:
+        if not name:
+            print("用法：/load 文件")
+            return
+        try:
+            turns = self._assistant.load_conversation(Path(name))
+        except (UserError, OSError, ValueError) as error:
+            print(printable(f"错误：没有载入：{error}"))
+            return
+        print(f"已载入 {turns} 轮对话。")
+        if self._assistant.last_reply:
+            print(printable(f"上一个问题：{self._assistant.last_reply.question}"))
 
     def _do_clear(self) -> None:
-        self._clear()
+        self._assistant.clear()
         print("对话已清空。")
 
     def _do_quit(self) -> None:
         raise Quit
 
-    def _save_to(self, name: str) -> None:
-        try:
-            print(f"对话已保存：{self._save(Path(name) if name else None)}")
-        except (UserError, OSError, ValueError) as error:  # a NUL in a file name is a ValueError
-            print(printable(f"错误：没有保存：{error}"))
-
     def _choose_scenario(self) -> None:
-        ids = list(self._scenarios)
+        ids = [id_ for id_ in self._scenarios if id_ != AUTO]
         print("\n请选择场景：")
         for number, id_ in enumerate(ids, 1):
             print(f"  {number:2}. {self._scenarios[id_]}（{id_}）")
+        print(f"   0. {self._scenarios[AUTO]}（{AUTO}）")
         while True:
-            line = _read(f"编号 1–{len(ids)}：")
-            if line.lower() in COMMANDS["quit"]:
+            line = self._read(f"编号 0–{len(ids)}：")
+            if _ALONE.get(line.lower()) == "quit":
                 raise Quit
-            if _is_number(line, len(ids)):
-                self._scenario = ids[int(line) - 1]
-                break
-            match = next((id_ for id_ in ids if line in (id_, self._scenarios[id_])), None)
-            if match:
-                self._scenario = match
-                break
-            print(f"请输入 1 到 {len(ids)} 的编号，或 quit 退出。")
-        self._offered = ()
+            if chosen := self._named(line):
+                self._enter(chosen)
+                return
+            print(f"请输入 1 到 {len(ids)} 的编号（0 为自动选择），或 quit 退出。")
+
+    def _named(self, text: str) -> str | None:
+        """The scenario that a number, an id or a name stands for."""
+        ids = [id_ for id_ in self._scenarios if id_ != AUTO]
+        if text == "0":
+            return AUTO
+        if _is_number(text, len(ids)):
+            return ids[int(text) - 1]
+        return next((id_ for id_, name in self._scenarios.items() if text in (id_, name)), None)
+
+    def _enter(self, scenario: str) -> None:
+        self._scenario, self._offered = scenario, ()
         self._announce()
 
     def _announce(self) -> None:
-        print(f"场景：{self._scenarios[self._scenario]}。输入 samples 查看示例问题。")
+        hint = "每个问题会按内容选择场景。" if self._scenario == AUTO else "输入 /samples 查看示例问题。"
+        print(f"场景：{self._scenarios[self._scenario]}。{hint}")
+
+
+def line_reader() -> Callable[[str], str]:
+    """What reads a line from the user: with editing, history and wide characters at a terminal, plainly elsewhere.
+
+    It raises `Quit` where the input has ended.
+    """
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        from prompt_toolkit import PromptSession
+
+        ask = PromptSession().prompt  # the history of this session only; nothing is written to a file
+    else:
+        ask = input
+
+    def read(prompt: str) -> str:
+        try:
+            return ask(prompt).strip()
+        except EOFError:
+            print()
+            raise Quit from None
+        except (OSError, ValueError):  # stdin was closed, or its terminal has gone
+            raise Quit from None
+
+    return read
 
 
 def batch_row_as_text(scenarios: Mapping[str, str]) -> Callable[[Mapping[str, Any]], str]:
@@ -195,34 +343,19 @@ def batch_row_as_text(scenarios: Mapping[str, str]) -> Callable[[Mapping[str, An
     return as_text
 
 
-def print_reply(pieces: Iterable[tuple[str, str]]) -> None:
+def print_reply(pieces: Iterable[tuple[str, str]], think: str = "show") -> None:
     """Show one reply on stdout."""
-    display = Display()
-    for kind, text in pieces:
-        display.piece(kind, text)
-    display.end()
+    display = Display(think=think)
+    try:
+        for kind, text in pieces:
+            display.piece(kind, text)
+    finally:
+        display.end()
 
 
 def _is_number(line: str, largest: int) -> bool:
     """Whether a line is a number from 1; int() itself refuses one of more than 4300 digits."""
     return line.isdecimal() and len(line) < 10 and 1 <= int(line) <= largest
-
-
-def _read(prompt: str) -> str:
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        print()
-        raise Quit from None
-    except (OSError, ValueError):  # stdin was closed, or its terminal has gone
-        raise Quit from None
-
-
-def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401  input() uses it once it is imported; Windows has none and needs none
-    except ImportError:
-        return
 
 
 def batch_progress(total: int) -> Any:

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from qwenmed import files
-from qwenmed.batch import Request, parse_request, read_requests
+from qwenmed.batch import Request, Requests, parse_request
 from qwenmed.errors import UserError
 
 SCENARIOS = {"diagnosis": "症状诊断", "nutrition": "营养指导"}
 
 
 def read(path):
-    return read_requests(path, SCENARIOS, "diagnosis", 100)
+    return list(Requests(path, SCENARIOS, "diagnosis", 100))
 
 
 def parse(row, number=1):

@@ -2,18 +2,19 @@
 
 import json
 import unicodedata
-from types import SimpleNamespace
 
 import pytest
+from fakes import Instant, Parrot, spoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS
 from qwenmed import chat, records, terminal
-from qwenmed.batch import read_requests
+from qwenmed.batch import Requests
 from qwenmed.controls import as_plain_words, json_line, printable
-from qwenmed.engine import Chunk, Generation, TransformersEngine
+from qwenmed.engine import Chunk, Generation, Prompt
+from qwenmed.engine_transformers import TransformersEngine
 from qwenmed.errors import UserError
 from qwenmed.records import Record
 
@@ -141,44 +142,15 @@ def test_trainer_finds_no_control_token_in_hostile_rows(demo_model, tokenizer, t
     assert control_ids(tokenizer, [label for label in batch["labels"][0].tolist() if label >= 0]) == EXPECTED[2]
 
 
-class Parrot:
-    """A model that says what it is told to, through the interface that the engine uses of one."""
-
-    device = "cpu"
-    config = SimpleNamespace(max_position_embeddings=4096)
-    generation_config = SimpleNamespace(eos_token_id=None)
-
-    def __init__(self, ids):
-        self._ids = ids
-
-    def generate(self, input_ids, streamer=None, **options):
-        import torch
-
-        if streamer:
-            streamer.put(input_ids)
-            for id_ in self._ids:
-                streamer.put(torch.tensor([id_]))
-            streamer.end()
-        return torch.cat([input_ids, torch.tensor([self._ids] * len(input_ids))], dim=1)
-
-
-def spoken(tokenizer, *parts):
-    """Ids of texts, and of tokens where a part is one of the two think tags' ids."""
-    ids = []
-    for part in parts:
-        ids += [part] if isinstance(part, int) else tokenizer._encode_without_added_tokens(part)
-    return [*ids, tokenizer.eos_token_id]
-
-
 @settings(max_examples=80, deadline=None)
 @given(think=hostile, answer=hostile)
 def test_think_tags_repeated_as_text_move_no_border(tokenizer, think, answer):
     opened, closed = (tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>"))
     ids = spoken(tokenizer, opened, "\n" + think + "\n", closed, "\n\n" + answer)
     engine = TransformersEngine(Parrot(ids), tokenizer)
-    messages = chat.user_messages(think + answer, think)
-    *chunks, streamed = engine.stream(messages, 4000)
-    (batched,) = engine.generate([(messages, 4000)])
+    prompt = Prompt(chat.user_messages(think + answer, think), 4000)
+    *chunks, streamed = engine.stream(prompt)
+    (batched,) = engine.generate([prompt])
     # What BPE reads back: composed characters, and our own stand-in, which nobody types, as what it stands for.
     think, answer = (
         unicodedata.normalize("NFC", text).replace(chat.WRITTEN_LESS_THAN, "<").strip() for text in (think, answer)
@@ -196,7 +168,7 @@ def _nfc(text):
 
 def test_characters_of_several_tokens_are_streamed_whole(tokenizer):
     ids = spoken(tokenizer, "鑫犇骉😀🏥")
-    *chunks, generation = TransformersEngine(Parrot(ids), tokenizer).stream(chat.user_messages("问", None), 100)
+    *chunks, generation = TransformersEngine(Parrot(ids), tokenizer).stream(Prompt(chat.user_messages("问", None), 100))
     assert all(isinstance(chunk, Chunk) and "\ufffd" not in chunk.text for chunk in chunks) and len(chunks) > 2
     assert isinstance(generation, Generation) and generation.reply.answer == "鑫犇骉😀🏥"
 
@@ -207,10 +179,7 @@ def assistant(tokenizer):
     from medical_assistant import MedicalAssistant
 
     def build(said):
-        made = MedicalAssistant("nowhere")
-        made._engine = TransformersEngine(Parrot(spoken(tokenizer, said)), tokenizer)
-        made._checkpoint = SimpleNamespace(notice="", path="nowhere")
-        return made
+        return MedicalAssistant(engine=TransformersEngine(Parrot(spoken(tokenizer, said)), tokenizer))
 
     return build
 
@@ -315,7 +284,18 @@ def test_error_message_shows_no_escape_sequence(capsys):
 
 
 def test_interactive_session_stands_any_lines(monkeypatch, capsys):
-    lines = iter(["1", ESCAPES, "\0", "²", "9" * 5000, "save \0", "save " + "长" * 4000, "/quit"])
+    from medical_assistant import MedicalAssistant
+
+    commands = [
+        "save \0",
+        "save " + "长" * 4000,
+        "/load \0",
+        "/load x",
+        f"/scenario {ESCAPES}",
+        "/nonsense",
+        "/think x",
+    ]
+    lines = iter(["1", ESCAPES, "\0", "²", "9" * 5000, *commands, "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     asked = []
 
@@ -323,12 +303,13 @@ def test_interactive_session_stands_any_lines(monkeypatch, capsys):
         asked.append(question)
         yield "answer", question
 
-    def save(path):
-        path.write_text("x", encoding="utf-8")
-
-    terminal.Session(MEDICAL_SCENARIOS, {}, ask, lambda: None, save).run()
+    talk = MedicalAssistant(engine=Instant())
+    talk.ask_question("问？")
+    terminal.Session(talk, ask, MEDICAL_SCENARIOS, {}).run()
     shown = capsys.readouterr().out
-    assert is_harmless(shown) and len(asked) == 4 and shown.count("没有保存") == 2
+    assert is_harmless(shown) and len(asked) == 4
+    assert shown.count("没有保存") == 2 and shown.count("没有载入") == 2 and "没有场景" in shown
+    assert "没有命令 /nonsense" in shown
 
 
 json_values = st.recursive(
@@ -346,7 +327,7 @@ def test_no_batch_document_gives_anything_but_requests_or_a_user_error(tmp_path,
     lines = document if isinstance(document, list) and suffix != ".json" else [document]
     path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     try:
-        requests = read_requests(path, MEDICAL_SCENARIOS, "diagnosis", 9)
+        requests = Requests(path, MEDICAL_SCENARIOS, "diagnosis", 9)
     except UserError:
         return
     for request in requests:
@@ -360,7 +341,7 @@ def test_no_bytes_give_anything_but_requests_or_a_user_error(tmp_path, content, 
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     try:
-        assert read_requests(path, MEDICAL_SCENARIOS, "diagnosis", 9)
+        assert Requests(path, MEDICAL_SCENARIOS, "diagnosis", 9)
     except UserError as error:
         assert "\n" not in str(error)
 

@@ -191,9 +191,9 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import medical_assistant
 from qwenmed import cli
-from qwenmed.engine import TransformersEngine
+from qwenmed.engine_transformers import TransformersEngine
 def broken(self, *arguments, **options): raise RuntimeError("the card has gone")
-TransformersEngine._generate = broken
+TransformersEngine._choose = broken
 cli.run(medical_assistant.main)
 """
 

@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed.batch import read_requests
+from qwenmed.batch import Requests
 
 TEN = {
     "diagnosis": "症状诊断", "treatment": "治疗方案", "prevention": "疾病预防", "education": "医学教育",
@@ -74,7 +74,7 @@ def test_eleventh_scenario_needs_nothing_but_prompts_py(tmp_path):
         "asked = []\n"
         "def ask(question, scenario):\n"
         "    asked.append((question, scenario)); yield 'answer', '答'\n"
-        "terminal.Session(MEDICAL_SCENARIOS, SAMPLE_QUESTIONS, ask, None, None).run()\n"
+        "terminal.Session(None, ask, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS).run()\n"
         "assert asked == [('智齿要拔吗？', 'dental')], asked\n",
         encoding="utf-8",
     )
@@ -108,7 +108,7 @@ def test_batch_reader_accepts_every_row_of_the_sample_file():
     path = ROOT / "sample_questions.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
     # The defaults are no valid scenario, so that a row which does not say its own would fail.
-    requests = read_requests(path, MEDICAL_SCENARIOS, "none", 1)
+    requests = Requests(path, MEDICAL_SCENARIOS, "none", 1)
     assert [request.error for request in requests] == [None] * len(rows)
     assert [(r.question, r.scenario, r.max_tokens) for r in requests] == [
         (row["question"], row["scenario"], row["max_tokens"]) for row in rows

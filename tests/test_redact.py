@@ -192,25 +192,25 @@ def test_training_data_are_masked_in_all_four_files_and_counted(tmp_path):
 
 
 def test_neither_model_nor_saved_history_nor_batch_rows_see_the_numbers(tokenizer, tmp_path):
-    from test_hostile import Parrot, SimpleNamespace, spoken
+    from fakes import Parrot, spoken
 
     from medical_assistant import MedicalAssistant
-    from qwenmed.engine import TransformersEngine
+    from qwenmed.engine_transformers import TransformersEngine
 
     asked = []
 
     class Listener(Parrot):
-        def generate(self, input_ids, **options):
-            asked.extend(tokenizer.batch_decode(input_ids))
-            return super().generate(input_ids, **options)
+        def __call__(self, input_ids, **rest):
+            asked.append(tokenizer.decode(input_ids[0]))
+            return super().__call__(input_ids, **rest)
 
-    talk = MedicalAssistant("nowhere", redact=True)
-    talk._engine = TransformersEngine(Listener(spoken(tokenizer, "好的。")), tokenizer)
-    talk._checkpoint = SimpleNamespace(notice="", path="nowhere")
+    engine = TransformersEngine(Listener(spoken(tokenizer, "好的。")), tokenizer)
+    talk = MedicalAssistant(redact=True, engine=engine)
     talk.ask_question(PERSONAL)
     kept = talk.save_conversation(tmp_path / "h.json").read_text(encoding="utf-8")
     (row,) = talk.batch([PERSONAL])
-    assert len(asked) == 2
-    for text in (*asked, kept, json.dumps(row, ensure_ascii=False)):
+    heard = "".join(asked)
+    assert heard.count("小王") == 2
+    for text in (heard, kept, json.dumps(row, ensure_ascii=False)):
         assert "[手机号]" in text and "小王" in text
         assert "1234 5678" not in text and "a@b.cn" not in text and "19491231" not in text
