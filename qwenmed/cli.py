@@ -178,8 +178,11 @@ def run(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.stdin.reconfigure(errors="replace")  # one wrong byte in a question must not end the conversation
     with contextlib.suppress(ValueError, AttributeError):
         signal.signal(signal.SIGTERM, _raise_terminated)
+    with contextlib.suppress(ValueError, AttributeError):  # Windows has no SIGHUP
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, _raise_terminated)  # the terminal has gone: what was asked to be saved is
     status = _guarded(main)
-    with contextlib.suppress(BrokenPipeError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     sys.exit(status)
 
@@ -202,7 +205,8 @@ def _guarded(main: Callable[[], int | None]) -> int:
         print("\n已中断（Ctrl-C）", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     except Terminated:
-        print("已收到终止信号（SIGTERM）", file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):  # a terminal that has gone takes no words
+            print("已收到终止信号（SIGTERM）", file=sys.stderr)  # noqa: T201
         return EXIT_TERMINATED
     except BrokenPipeError:
         # The reader (`| head`) has left. Point stdout at nothing, so that the interpreter's own flush
@@ -216,7 +220,8 @@ def _guarded(main: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(printable(f"错误：{message}"), file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError):
+        print(printable(f"错误：{message}"), file=sys.stderr)  # noqa: T201
     return EXIT_USER_ERROR
 
 
@@ -230,6 +235,7 @@ _OS_REASONS = {
     errno.ENOTDIR: ("路径中有一段不是目录", "请检查路径"),
     errno.EISDIR: ("路径是目录而不是文件", "请检查路径"),
     errno.ENAMETOOLONG: ("路径过长", "请换一个较短的路径"),
+    errno.EIO: ("读写出错，终端可能已经关闭", "请检查终端或磁盘"),
     errno.EFBIG: ("文件超过系统允许的大小", "请换一个输出目录"),
 }
 

@@ -17,26 +17,15 @@ What looks like a control token in a message is broken up, for a server may take
 import contextlib
 import os
 import threading
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qwenmed import chat
 from qwenmed.controls import as_plain_words
-from qwenmed.engine import (
-    LOOP_INTERVAL,
-    MODELS_OWN,
-    QWEN3_SAMPLING,
-    Chunk,
-    Generation,
-    Messages,
-    Prompt,
-    Sampling,
-    find_loop,
-    thinking_limit,
-)
+from qwenmed.engine import MODELS_OWN, QWEN3_SAMPLING, Chunk, Generation, Messages, Prompt, Sampling
 from qwenmed.errors import UserError
+from qwenmed.server_reply import Reader
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Of one request; the client waits 0.5 s, then twice as long each time, at most 8 s.
@@ -93,8 +82,7 @@ class OpenAIEngine:
         # Fields that not every server knows; emptied when one refuses them.
         self._optional: dict[str, Any] = {"stream_options": {"include_usage": True}}
         self._can_continue = True
-        with _explained(self._base_url, timeout):
-            served = {each.id: each for each in self._client.models.list()}
+        served = self._served(model)
         self.name = self._pick(served, model)
         self.context_length = getattr(served.get(self.name), "max_model_len", None)
 
@@ -102,6 +90,19 @@ class OpenAIEngine:
     def fingerprint(self) -> str:
         """Address, model and sampling."""
         return f"{self._base_url} {self.name} {self._sampling}"
+
+    def _served(self, model: str | None) -> dict[str, Any]:
+        """The models that the server lists; nothing where it can't list them and one has been named."""
+        import openai
+
+        with _explained(self._base_url, self._timeout):
+            try:
+                return {each.id: each for each in self._client.models.list()}
+            except (openai.InternalServerError, openai.NotFoundError):
+                # `transformers serve` fails so without a hub cache.
+                if model is None:
+                    raise
+                return {}
 
     def _pick(self, served: dict[str, Any], model: str | None) -> str:
         if model is None and len(served) == 1:
@@ -126,7 +127,7 @@ class OpenAIEngine:
         Raises:
             UserError: the server failed (a `ServerError`) or refused the question.
         """
-        reader = _Reader(prompt)
+        reader = Reader(prompt)
         no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
         yield from self._read(reader, prompt.messages, no_thinking if prompt.think_budget == 0 else {})
         yield from reader.close_part()
@@ -180,16 +181,15 @@ class OpenAIEngine:
                 return error
         return failure
 
-    def _read(self, reader: "_Reader", messages: Messages, extra: dict[str, Any]) -> Iterator[Chunk]:
+    def _read(self, reader: "Reader", messages: Messages, extra: dict[str, Any]) -> Iterator[Chunk]:
         """Feed a request's stream to the reader, until it ends or the reader has enough."""
         with _explained(self._base_url, self._timeout):
             response = self._request(messages, reader.room, extra)
+        with _explained(self._base_url, self._timeout, streaming=True):
             with contextlib.closing(response):
                 for event in response:
                     if self._stopped.is_set() and threading.current_thread() is not threading.main_thread():
                         raise ServerError("已停止", self._base_url)
-                    if error := getattr(event, "error", None):  # as `transformers serve` tells one
-                        raise ServerError(f"服务器中途出错：{error}", self._base_url, "请查看服务器的日志")
                     yield from reader.feed(event)
                     if reader.enough:
                         return
@@ -218,7 +218,7 @@ class OpenAIEngine:
             self._optional = {}
             return self._client.chat.completions.create(**fields, extra_body=extra)
 
-    def _continue(self, reader: "_Reader", prompt: Prompt, no_thinking: dict[str, Any]) -> Iterator[Chunk]:
+    def _continue(self, reader: "Reader", prompt: Prompt, no_thinking: dict[str, Any]) -> Iterator[Chunk]:
         """The answer behind a thinking that was closed."""
         reader.begin_answer()
         if self._can_continue:
@@ -235,111 +235,9 @@ class OpenAIEngine:
         yield from self._read(reader, prompt.messages, no_thinking)
 
 
-class _Reader:
-    """Puts a reply together from the events of its stream, or of two."""
-
-    def __init__(self, prompt: Prompt) -> None:
-        self._max_tokens = prompt.max_tokens
-        self._budget = thinking_limit(prompt.max_tokens, prompt.think_budget)
-        self._parser = chat.ReplyParser()
-        self._has_fields = False
-        self._pieces = {"thinking": "", "answer": ""}
-        self._tokens = {"thinking": 0, "answer": 0}
-        self._usage = 0
-        self._started = time.perf_counter()
-        self.finish_reason: str | None = None
-        self.cut_thinking = False
-
-    @property
-    def thinking(self) -> str:
-        """What has been thought so far."""
-        return self._pieces["thinking"].strip()
-
-    @property
-    def answer(self) -> str:
-        """What has been answered so far."""
-        return self._pieces["answer"].strip()
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still come."""
-        return max(1, self._max_tokens - sum(self._tokens.values()))
-
-    @property
-    def enough(self) -> bool:
-        """Whether nothing more is wanted of this stream."""
-        return self.finish_reason == "repetition" or (self.cut_thinking and self.finish_reason is None)
-
-    @property
-    def wants_answer(self) -> bool:
-        """Whether the thinking was cut, or ended the turn without an answer."""
-        if self.finish_reason == "stop" and self.thinking and not self.answer:
-            self.cut_thinking = True
-        return self.cut_thinking and not self.answer
-
-    def feed(self, event: Any) -> list[Chunk]:
-        """The chunks that one event adds."""
-        if usage := getattr(event, "usage", None):
-            self._usage = usage.prompt_tokens or self._usage
-        if not event.choices:
-            return []
-        choice = event.choices[0]
-        delta = choice.delta
-        reasoning = getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None)
-        chunks = []
-        if reasoning:
-            self._has_fields = True
-            chunks.append(("thinking", reasoning))
-        if delta.content:
-            chunks += [("answer", delta.content)] if self._has_fields else self._parser.feed(delta.content)
-        if choice.finish_reason:
-            self.finish_reason = "length" if choice.finish_reason == "length" else "stop"
-        elif reasoning or delta.content:
-            self._count(chunks)
-        return self._noted(chunks)
-
-    def close_part(self) -> list[Chunk]:
-        """What the parser still held back at the end of a stream."""
-        return self._noted(self._parser.close()) if not self._has_fields else []
-
-    def begin_answer(self) -> None:
-        """The thinking was cut; what follows in another stream is the answer."""
-        self._parser, self._has_fields, self.finish_reason = chat.ReplyParser(), False, None
-
-    def generation(self) -> Generation:
-        """The finished reply."""
-        reply = chat.Reply(
-            self.thinking, self.answer, thinking_closed=bool(self.answer) or self.finish_reason == "stop"
-        )
-        reason = "think_budget" if self.cut_thinking and self.finish_reason == "stop" else self.finish_reason
-        return Generation(
-            reply=reply,
-            finish_reason=reason or "length",
-            prompt_tokens=self._usage,
-            thinking_tokens=self._tokens["thinking"],
-            answer_tokens=self._tokens["answer"],
-            seconds=time.perf_counter() - self._started,
-        )
-
-    def _count(self, chunks: Sequence[tuple[str, str]]) -> None:
-        # A tag yields no chunk; it belongs to the thinking.
-        kind = chunks[-1][0] if chunks else ("answer" if self.answer else "thinking")
-        self._tokens[kind] += 1
-        in_circles = self._tokens[kind] % LOOP_INTERVAL == 0 and find_loop(self._pieces[kind])
-        if kind == "thinking" and not self.cut_thinking:
-            self.cut_thinking = bool(in_circles) or self._tokens[kind] >= self._budget
-        elif kind == "answer" and in_circles:
-            self.finish_reason = "repetition"
-
-    def _noted(self, chunks: Sequence[tuple[str, str]]) -> list[Chunk]:
-        for kind, text in chunks:
-            self._pieces[kind] += text
-        return [Chunk(kind, text) for kind, text in chunks if text]
-
-
 @contextlib.contextmanager
-def _explained(base_url: str, timeout: float) -> Iterator[None]:
-    """Turn what the client raises into one line for the user."""
+def _explained(base_url: str, timeout: float, streaming: bool = False) -> Iterator[None]:
+    """Turn what the client raises into one line for the user; `streaming` once a reply has begun."""
     import httpx
     import openai
 
@@ -358,7 +256,9 @@ def _explained(base_url: str, timeout: float) -> Iterator[None]:
         raise ServerError(f"服务器出错（{error.status_code}）", base_url, "请查看服务器的日志") from None
     except openai.APIStatusError as error:
         raise UserError(f"服务器不接受这个问题（{error.status_code}）：{_words(error)}", base_url) from None
-    except openai.APIConnectionError:
+    except openai.APIConnectionError as error:
+        if streaming:
+            raise ServerError(f"服务器中途断开：{_words(error)}", base_url, "请再试一次，或查看服务器的日志") from None
         raise ServerError("连不上服务器", base_url, "请检查地址，以及服务是否已经启动") from None
     except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
         # A stream that breaks off, is no JSON, or is JSON of another shape.
@@ -376,7 +276,9 @@ def _harmless(message: dict[str, str]) -> dict[str, str]:
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """An error's text on one line; for one that the server told within a stream, what it told."""
+    told = getattr(error, "body", None) or error
+    return " ".join(str(told).split())[:200] or type(error).__name__
 
 
 def _is_done(item: Any) -> bool:

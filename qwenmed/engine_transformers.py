@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwenmed.decoding import Batch, KeysValues
 
 # Rows decoded together where memory allows: more are slower on a CPU (benchmarks/assistant.py).
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 # Share of the free memory that keys and values may take.
 MEMORY_SHARE = 0.6
 # Shared beginnings of prompts that are kept: ten system prompts and a long conversation.

@@ -17,7 +17,7 @@ TRANSFORMERS, OPENAI, LLAMA = "transformers", "openai", "llama.cpp"
 MODEL, SERVER, GENERATION = "模型", "服务器（--engine openai）", "生成"
 
 # Replies that a batch generates together, for the choice of number type; see `engine_transformers.BATCH_SIZE`.
-TOGETHER = 32
+TOGETHER = 64
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

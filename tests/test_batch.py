@@ -2,8 +2,12 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+from fakes import Instant
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qwenmed import files
 from qwenmed.batch import Request, Requests, parse_request
@@ -203,3 +207,176 @@ def test_row_without_an_id_is_called_by_its_number(id_):
 
 def test_unknown_scenario_lists_the_known_ones():
     assert "diagnosis、nutrition" in parse({"question": "q", "scenario": "x"}).error
+
+
+# Results that survive.
+
+
+def ask(folder, rows, output="a.jsonl", engine=None, **rest):
+    """Run the batch command's core in this process with an instant engine; returns its exit status."""
+    from medical_assistant import MedicalAssistant
+    from prompts import MEDICAL_SCENARIOS
+    from qwenmed import commands
+
+    path = folder / "q.jsonl"
+    path.write_text(files.to_jsonl(rows), encoding="utf-8")
+    assistant = MedicalAssistant(engine=engine or Instant(), **rest.pop("settings", {}))
+    requests = Requests(path, MEDICAL_SCENARIOS, "diagnosis", 100)
+    return commands.answer_batch(assistant, requests, folder / output, **rest)
+
+
+def results(folder, name="a.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+class Dying(Instant):
+    """An engine that is killed before its n-th answer."""
+
+    def __init__(self, after):
+        super().__init__()
+        self._after = after
+
+    def generate(self, prompts):
+        for number, result in enumerate(super().generate(prompts)):
+            if number == self._after:
+                raise KeyboardInterrupt
+            yield result
+
+
+QUESTIONS = [{"id": i, "question": f"头痛{i}天怎么办？"} for i in range(20)]
+
+
+def test_interrupted_batch_goes_on_where_it_was_and_asks_nothing_twice(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, QUESTIONS, engine=Dying(7))
+    assert "完成 7 题" in capsys.readouterr().err.replace("写好", "完成") and not (tmp_path / "a.jsonl").exists()
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial.*--resume"):
+        ask(tmp_path, QUESTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, QUESTIONS, engine=Dying(9), resume=True)  # nine rows, the seven known ones among them
+    engine = Instant()
+    assert ask(tmp_path, QUESTIONS, engine=engine, resume=True) == 0
+    assert len(engine.asked) == 20 - 9 and [row["id"] for row in results(tmp_path)] == list(range(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_resumed_rows_are_those_of_an_uninterrupted_run(tmp_path):
+    assert ask(tmp_path, QUESTIONS, "whole.jsonl") == 0
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, QUESTIONS, engine=Dying(5))
+    with (tmp_path / "a.jsonl.partial").open("a", encoding="utf-8") as file:
+        file.write('{"id": 5, "question": "头痛5天怎')  # a line that a kill has cut
+    assert ask(tmp_path, QUESTIONS, resume=True) == 0
+    assert results(tmp_path) == results(tmp_path, "whole.jsonl")
+
+
+def test_what_was_asked_otherwise_is_asked_again(tmp_path):
+    assert ask(tmp_path, QUESTIONS) == 0
+    changed = [dict(row) for row in QUESTIONS]
+    changed[3]["question"] = "别的？"
+    changed[4]["scenario"] = "nutrition"
+    changed[5]["max_tokens"] = 7
+    changed.insert(0, {"id": "new", "question": "新的？"})
+    engine = Instant()
+    assert ask(tmp_path, changed, engine=engine, resume=True) == 0
+    assert len(engine.asked) == 4 and [row["id"] for row in results(tmp_path)] == ["new", *range(20)]
+    other = Instant()
+    assert ask(tmp_path, changed, engine=other, resume=True, settings={"think_budget": 5}) == 0
+    assert len(other.asked) == 21
+    retrained = Instant()
+    retrained.fingerprint = "another model"
+    assert ask(tmp_path, changed, engine=retrained, resume=True, settings={"think_budget": 5}) == 0
+    assert len(retrained.asked) == 21
+
+
+def test_failed_rows_are_tried_again_and_others_are_not(tmp_path):
+    class Failing(Instant):
+        def generate(self, prompts):
+            for number, result in enumerate(super().generate(prompts)):
+                yield UserError("服务器中途断开") if number % 2 else result
+
+    assert ask(tmp_path, QUESTIONS, engine=Failing()) == 3
+    assert sum("error" in row for row in results(tmp_path)) == 10
+    engine = Instant()
+    assert ask(tmp_path, QUESTIONS, engine=engine, resume=True) == 0
+    assert len(engine.asked) == 10 and not any("error" in row for row in results(tmp_path))
+
+
+def test_same_question_twice_keeps_both_rows(tmp_path):
+    rows = [
+        {"question": "头痛？"},
+        {"question": "头痛？"},
+        {"id": "x", "question": "头痛？"},
+        {"id": "x", "question": "头痛？"},
+    ]
+    for resume in (False, True):
+        assert ask(tmp_path, rows, resume=resume) == 0
+        assert [row["id"] for row in results(tmp_path)] == [1, 2, "x", "x"]
+
+
+def test_bad_rows_and_mixed_scenarios_in_order(tmp_path):
+    from prompts import MEDICAL_PROMPTS
+
+    rows = [{"question": f"第{i}问？", "scenario": scenario} for i, scenario in enumerate(MEDICAL_PROMPTS)]
+    rows[4:4] = [{"question": ""}, {"question": "胸口剧痛，大汗，左胳膊疼", "scenario": "surgery"}]
+    engine = Instant()
+    assert ask(tmp_path, rows, engine=engine) == 3
+    assert [prompt.messages[0]["content"] for prompt in engine.asked] == list(MEDICAL_PROMPTS.values())
+    found = results(tmp_path)
+    assert ["error" in row for row in found] == [False] * 4 + [True, True] + [False] * 6
+    assert "立即拨打120" in found[5]["answer"]  # an emergency is told even where the row can't be asked
+
+
+def test_file_that_breaks_off_in_the_middle_is_found_before_any_question_is_asked(tmp_path):
+    engine = Instant()
+    (tmp_path / "q.jsonl").write_text('{"question": "一？"}\n{"question": "二', encoding="utf-8")
+    with pytest.raises(UserError, match="不完整"):
+        Requests(tmp_path / "q.jsonl", SCENARIOS, "diagnosis", 9)
+    assert engine.asked == []
+
+
+def test_many_rows_take_no_more_memory_than_a_window(tmp_path):
+    import tracemalloc
+
+    def rows():
+        for i in range(600):
+            yield {"id": i, "question": f"头痛{i}天怎么办？" * 20}
+
+    from medical_assistant import MedicalAssistant
+
+    class Forgetful(Instant):
+        def generate(self, prompts):
+            for result in super().generate(prompts):
+                self.asked.clear()
+                yield result
+
+    assistant = MedicalAssistant(engine=Forgetful())
+    for _ in assistant.batch([{"question": "头痛？"}]):
+        pass
+    tracemalloc.start()
+    for _ in assistant.batch(rows()):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**19, peak
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cuts=st.lists(st.integers(0, 12), max_size=3),
+    ids=st.lists(st.sampled_from(["a", "b", 1, 2, None]), min_size=1, max_size=12),
+)
+def test_any_interruptions_end_in_the_same_file(tmp_path, cuts, ids):
+    folder = tmp_path / "x"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = [{"id": id_, "question": f"第{i % 4}问？"} for i, id_ in enumerate(ids)]
+    ask(folder, rows, "whole.jsonl")
+    for cut in cuts:
+        try:
+            ask(folder, rows, engine=Dying(cut), resume=True)
+        except KeyboardInterrupt:
+            continue
+    ask(folder, rows, resume=True)
+    assert results(folder) == results(folder, "whole.jsonl")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.jsonl", "q.jsonl", "whole.jsonl"]

@@ -14,7 +14,17 @@ FLOORS = [
     ["records", "settings", "scenarios"],
     ["hub_clients", "hub", "chat", "hardware", "batch", "answers", "conversation"],
     ["checkpoints", "demo", "gguf_file"],
-    ["tracking", "head", "callbacks", "engine", "decoding", "engine_transformers", "engine_openai", "engine_llama"],
+    [
+        "tracking",
+        "head",
+        "callbacks",
+        "engine",
+        "decoding",
+        "engine_transformers",
+        "server_reply",
+        "engine_openai",
+        "engine_llama",
+    ],
     ["training", "run", "engines", "terminal", "commands"],
 ]
 ORDER = [name for floor in FLOORS for name in floor]

@@ -129,8 +129,8 @@ def test_kill_during_a_batch_keeps_the_answers_and_the_old_file(tmp_path, traine
     )
     out, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
 
-    def ask() -> Child:
-        arguments = ("-b", questions, "-o", out, "-c", trained.run, "-m", "12", "--device", "cpu")
+    def ask(target=out, *more) -> Child:
+        arguments = ("-b", questions, "-o", target, "-c", trained.run, "-m", "12", "--device", "cpu", *more)
         return Child("medical_assistant.py", *arguments, cwd=tmp_path, log=tmp_path / "log")
 
     assert ask().wait() == 0, (tmp_path / "log").read_text()
@@ -145,8 +145,28 @@ def test_kill_during_a_batch_keeps_the_answers_and_the_old_file(tmp_path, traine
         written = [json.loads(line) for line in lines[:-1]]  # the last line may be cut
         assert [row["id"] for row in written] == [row["id"] for row in timeless[: len(written)]]
         tally("medical_assistant.py -b", hit=killed, exact=True)
-    assert ask().wait() == 0
-    assert [{**row, "seconds": 0} for row in rows_of(out)] == timeless
+    assert ask().wait() == 2 and "--resume" in (tmp_path / "log").read_text(encoding="utf-8")
+    assert out.read_bytes() == old
+
+    again = tmp_path / "again.jsonl"
+    kept = 0
+    for delay in delays(5, 6, 1.5):  # one resumed run after another is killed
+        child = ask(again, "--resume")
+        killed = child.kill_when(again.with_name("again.jsonl.partial").exists, delay)
+        parts = [again.with_name(f"again.jsonl.{each}") for each in ("partial", "answered")]
+        found = {
+            json.loads(line)["id"]
+            for part in parts if part.exists()
+            for line in part.read_text(encoding="utf-8").split("\n")[:-1]
+        }  # fmt: skip
+        assert not killed or len(found) >= kept
+        kept = len(found)
+        tally("medical_assistant.py -b --resume", hit=killed, exact=True)
+        if not killed:
+            break
+    assert ask(again, "--resume").wait() == 0
+    assert [{**row, "seconds": 0} for row in rows_of(again)] == timeless
+    assert [path.name for path in tmp_path.glob("again.jsonl*")] == ["again.jsonl"]
 
 
 def test_kill_during_saving_leaves_the_old_conversation_or_the_new_one(tmp_path):
