@@ -16,8 +16,9 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ class MedicalAssistant:
         """
         check_scenario(scenario_type)
         in_flight: deque[Request] = deque()
+        settings_of = functools.cache(self._settings_of)
 
         def prompts() -> Iterator[Prompt | dict[str, Any]]:
             """What is to be asked; rows that are ready or can't be asked pass through the engine in their places."""
@@ -169,7 +171,7 @@ class MedicalAssistant:
                 if row.scenario == AUTO and not row.error:
                     row = dataclasses.replace(row, scenario=suggest_scenario(row.question).scenario)
                 in_flight.append(row)
-                yield failed_row(row, row.error) if row.error else self._asked(row, answered)
+                yield failed_row(row, row.error) if row.error else self._asked(row, answered, settings_of)
 
         self.load_model(engines.TOGETHER)
         for result in self._engine.generate(prompts()):
@@ -179,7 +181,7 @@ class MedicalAssistant:
             elif isinstance(result, Generation):
                 urgency = triage.assess(row.question)
                 reply = compose(row.question, row.scenario, urgency, result, row.max_tokens, self._engine)
-                yield {**reply.as_row(row.id), "settings": self._settings_of(row)}
+                yield {**reply.as_row(row.id), "settings": settings_of(row.max_tokens)}
             else:
                 yield result
 
@@ -226,16 +228,18 @@ class MedicalAssistant:
             cli.note(f"（上下文已满，这次没有发送最早的 {left_out} 轮对话）")
         return messages
 
-    def _asked(self, row: Request, answered: Answered | None) -> Prompt | dict[str, Any]:
-        known = answered and answered.find(row.id, row.question, row.scenario, self._settings_of(row))
+    def _asked(
+        self, row: Request, answered: Answered | None, settings_of: Callable[[int], str]
+    ) -> Prompt | dict[str, Any]:
+        known = answered and answered.find(row.id, row.question, row.scenario, settings_of(row.max_tokens))
         if known:
             return known
         messages = chat.user_messages(row.question, MEDICAL_PROMPTS[row.scenario])
         return Prompt(messages, row.max_tokens, self.settings.think_budget)
 
-    def _settings_of(self, row: Request) -> str:
+    def _settings_of(self, max_tokens: int) -> str:
         """What an answer depends on besides question and scenario."""
-        return fingerprint([self._engine.fingerprint, row.max_tokens, self.settings.think_budget, self.redact])
+        return fingerprint([self._engine.fingerprint, max_tokens, self.settings.think_budget, self.redact])
 
 
 def suggest_scenario(question: str, before: str | None = None) -> scenarios.Suggestion:

@@ -1,6 +1,5 @@
 """An answer as the user gets it: the fixed text of an emergency, what the model said, cautions, disclaimer."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ class AssistantReply:
 
     def as_row(self, id_: Any = None) -> dict[str, Any]:
         """The reply as an output row; `id` first where there is one."""
-        row = dataclasses.asdict(self) | {"reasons": list(self.reasons), "cautions": list(self.cautions)}
+        row = vars(self) | {"reasons": list(self.reasons), "cautions": list(self.cautions)}
         del row["raw_answer"]
         return row if id_ is None else {"id": id_, **row}
 

@@ -18,6 +18,8 @@ _PRINTABLE = _VISIBLE | _REPLACED | dict.fromkeys(_BIDI)
 
 _UNSAFE_IN_JSON = {code: f"\\u{code:04x}" for code in (0x7F, *range(0x80, 0xA0), *_BIDI)}
 
+_ANY_UNSAFE = re.compile("[" + "".join(map(chr, _UNSAFE_IN_JSON)) + "]")
+
 # Bounded on both sides, so that no text makes it slow.
 _TOKEN_LIKE = re.compile(r"<(?=\|[A-Za-z0-9_]{1,40}\|>|/?(?:think|tool_call|tool_response)>)")
 
@@ -32,7 +34,9 @@ def printable(text: str) -> str:
 
 def json_line(row: object) -> str:
     """One JSON object on a line that a terminal may show; a parser reads it back unchanged."""
-    return json.dumps(row, ensure_ascii=False).translate(_UNSAFE_IN_JSON)
+    text = json.dumps(row, ensure_ascii=False)
+    # Looking is twenty times as fast as translating, and a batch writes a hundred thousand lines.
+    return text.translate(_UNSAFE_IN_JSON) if _ANY_UNSAFE.search(text) else text
 
 
 def as_plain_words(text: str) -> str:

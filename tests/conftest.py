@@ -1,9 +1,14 @@
 """What the tests share: running the real scripts, a demo model, and a run trained on eight records."""
 
+import atexit
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +37,65 @@ class Finished:
         return self.err.strip().splitlines()[-1] if self.err.strip() else ""
 
 
+class ScriptServer:
+    """The process that runs scripts in forked children; see script_server.py."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("script_server.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        )  # fmt: skip
+
+    def run(self, script: Path, arguments: list[str], cwd: Path, stdin: bytes, timeout: float) -> "Finished":
+        """Run a script to its end."""
+        with tempfile.TemporaryDirectory() as name:
+            streams = {stream: Path(name) / stream for stream in ("stdin", "stdout", "stderr")}
+            for path in streams.values():
+                path.write_bytes(stdin if path.name == "stdin" else b"")
+            request = {"script": str(script), "arguments": arguments, "cwd": str(cwd)}
+            request |= {stream: str(path) for stream, path in streams.items()}
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            pid = json.loads(self._process.stdout.readline())["pid"]
+            killer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            status = json.loads(self._process.stdout.readline())["status"]
+            killer.cancel()
+            assert status != -signal.SIGKILL, f"{script.name} did not end within {timeout} s"
+            return Finished(status, *(streams[each].read_bytes().decode() for each in ("stdout", "stderr")))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@functools.cache
+def script_server() -> ScriptServer:
+    """The one of this test process."""
+    server = ScriptServer()
+    atexit.register(server.close)
+    return server
+
+
 def run_script(
-    script: str, *arguments: object, cwd: Path, stdin: str | bytes = "", timeout: int = 240, env=None
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    stdin: str | bytes = "",
+    timeout: int = 240,
+    env=None,
+    server: ScriptServer | None = None,
 ) -> Finished:
-    """Run a top-level script as a user would, offline."""
+    """Run a top-level script as a user would, offline; with an environment of its own, from the very start."""
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    if env is None and hasattr(os, "fork"):
+        return (server or script_server()).run(ROOT / script, [str(each) for each in arguments], cwd, data, timeout)
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
-        input=stdin if isinstance(stdin, bytes) else stdin.encode(),
+        input=data,
         capture_output=True,
         timeout=timeout,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
@@ -95,21 +151,39 @@ class Workplace:
         return self.folder / "output" / "demo-full"
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, demo_rows) -> Workplace:
-    """`data.py` and `train.py` on ten records, as subprocesses; eight of them are learnt by heart.
+def pytest_collection_finish(session):
+    """Begin with the training that many tests wait for, beside the others that don't."""
+    wanted = any("trained" in item.fixturenames for item in session.items)
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if wanted and first and not session.config.option.collectonly:
+        threading.Thread(target=train_once, args=(shared_folder(session.config),), daemon=True).start()
 
-    The test processes share one: whoever comes first makes it.
-    """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder, log = shared / "trained", shared / "trained.log"
-    with FileLock(shared / "trained.lock"):
-        if not log.exists():
-            log.write_text(train_on_ten_records(folder, demo_rows[::10]), encoding="utf-8")
-    kept = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Workplace(folder, kept, log.read_text(encoding="utf-8"))
+
+def shared_folder(config) -> Path:
+    """A folder of this test run that its processes share."""
+    folder = config._tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def train_once(shared: Path) -> None:
+    """Train in `shared` unless that has been done; the test processes wait for the one that does it."""
+    from qwenmed.demo import demo_records
+
+    with FileLock(shared / "trained.lock", thread_local=False):
+        if not (shared / "trained.log").exists():
+            rows = [record.row for record in demo_records()]
+            log = train_on_ten_records(shared / "trained", rows[::10])
+            (shared / "trained.log").write_text(log, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def trained(request) -> Workplace:
+    """`data.py` and `train.py` on ten records, as processes; eight of them are learnt by heart."""
+    shared = shared_folder(request.config)
+    train_once(shared)
+    kept = (shared / "trained" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    log = (shared / "trained.log").read_text(encoding="utf-8")
+    return Workplace(shared / "trained", [json.loads(line) for line in kept], log)
 
 
 def train_on_ten_records(folder: Path, rows: list[dict]) -> str:
@@ -117,10 +191,13 @@ def train_on_ten_records(folder: Path, rows: list[dict]) -> str:
     folder.mkdir()
     source = folder / "mine.jsonl"
     source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    data = run_script("data.py", "--source", source, "--val-ratio", "0.2", cwd=folder)
+    server = ScriptServer() if hasattr(os, "fork") else None  # its own: the tests' is in use meanwhile
+    data = run_script("data.py", "--source", source, "--val-ratio", "0.2", cwd=folder, server=server)
     assert data.status == 0, data.err
-    train = run_script("train.py", "--model", "demo", *QUICK, cwd=folder)
+    train = run_script("train.py", "--model", "demo", *QUICK, cwd=folder, server=server)
     assert train.status == 0, train.err
+    if server:
+        server.close()
     return train.err
 
 

@@ -1,0 +1,86 @@
+"""Runs top-level scripts in forked children, so that eighty runs in the tests cost one import of torch.
+
+A process of its own: it imports the heavy libraries – nothing of ours – once, and forks for each script, which
+then runs as with `python script.py`: its own process, working folder, streams and exit status. One thread, so
+that a fork is safe. Requests come as JSON lines on stdin; answers are the child's pid and then its status.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Import, then serve until stdin ends."""
+    sys.path.insert(0, str(ROOT))
+    from qwenmed.cli import _QUIET
+
+    os.environ.update({**_QUIET, "HF_HUB_OFFLINE": "1"})
+    preload()
+    for name in [name for name in sys.modules if name.split(".")[0] == "qwenmed"]:
+        del sys.modules[name]
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            become(request)
+        print(json.dumps({"pid": pid}), file=answers, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+
+
+def preload() -> None:
+    """What the scripts import before they do anything else."""
+    import torch
+
+    torch.set_num_threads(1)
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+    import trl  # noqa: F401
+    from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
+    from trl import SFTConfig, SFTTrainer  # noqa: F401
+
+
+def become(request: dict) -> None:
+    """Be the script, and never return."""
+    status = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(request["cwd"])
+        for number, (name, mode) in enumerate(
+            [("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY)]
+        ):
+            os.dup2(os.open(request[name], mode), number)
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", line_buffering=True
+        )
+        sys.argv = [request["script"], *request["arguments"]]
+        try:
+            runpy.run_path(request["script"], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
