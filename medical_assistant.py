@@ -248,7 +248,8 @@ def suggest_scenario(question: str, before: str | None = None) -> scenarios.Sugg
     Args:
         before: the scenario of the turn before, kept where the question itself has no clue.
     """
-    return scenarios.suggest(question, MEDICAL_SCENARIOS, before or DEFAULT_SCENARIO)
+    found = scenarios.suggest(question, MEDICAL_SCENARIOS, before or DEFAULT_SCENARIO)
+    return dataclasses.replace(found, reason="沿用上一题") if before and found.reason == scenarios.NO_CLUE else found
 
 
 def check_question(question: object) -> str:

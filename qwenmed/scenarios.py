@@ -19,6 +19,8 @@ from pathlib import Path
 from qwenmed import triage
 from qwenmed.signs import normalise
 
+NO_CLUE = "问题里没有明显的线索"
+
 TABLE = Path(__file__).with_name("scenarios.csv")
 EMERGENCY_POINTS = 5
 # What every word beyond a scenario's heaviest counts.
@@ -70,7 +72,7 @@ def suggest(question: str, scenarios: Collection[str], fallback: str) -> Suggest
         count("emergency", EMERGENCY_POINTS, "可能是急症")
     known = [scenario for scenario in _table() if scenario in scenarios and scenario in found]
     if not known:
-        return Suggestion(fallback, "问题里没有明显的线索")
+        return Suggestion(fallback, NO_CLUE)
     best = max(known, key=lambda scenario: _points([weight for weight, _ in found[scenario]]))
     heaviest = sorted(found[best], key=lambda pair: -pair[0])
     return Suggestion(best, "、".join(word for _, word in heaviest[:4]))

@@ -102,6 +102,7 @@ def test_automatic_scenario_is_told_with_its_reason_and_kept_for_a_turn_without_
     list(talk.stream("好的，谢谢", "auto"))
     assert talk.last_reply.scenario == "nutrition"
     assert last_messages(talk)[0]["content"] == MEDICAL_PROMPTS["nutrition"]
+    assert next(talk.stream("谢谢", "auto")) == ("scenario", "营养指导（沿用上一题）")
     (row,) = talk.batch([{"question": "尿酸高，能吃豆腐吗？", "scenario": "auto"}])
     assert row["scenario"] == "nutrition"
     assert suggest_scenario("嗯").scenario == "diagnosis"
@@ -277,3 +278,26 @@ def test_real_terminal_edits_lines_takes_chinese_and_stops_an_answer(trained, tm
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_terminal_that_vanishes_costs_nothing_that_was_to_be_saved(trained, tmp_path):
+    import time
+
+    import pexpect
+
+    child = pexpect.spawn(
+        sys.executable,
+        [str(ROOT / "medical_assistant.py"), "-c", str(trained.run), "-s", "diagnosis", "-m", "30", "--save-history", "h.json"],
+        cwd=str(tmp_path), encoding="utf-8", timeout=60, env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+    )  # fmt: skip
+    child.expect("您的问题：")
+    child.send("头痛怎么办？\r")
+    child.expect("免责声明")
+    child.expect("您的问题：")
+    os.close(child.child_fd)  # as when the window is closed: the system sends SIGHUP
+    deadline = time.monotonic() + 20
+    while child.isalive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.closed = True
+    assert not child.isalive() and child.signalstatus is None
+    assert len(json.loads((tmp_path / "h.json").read_text(encoding="utf-8"))["turns"]) == 1

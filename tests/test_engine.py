@@ -283,3 +283,33 @@ def test_cache_that_grows_in_place_holds_what_was_written():
         whole = torch.cat(written, dim=2)
         assert torch.equal(keys, whole) and torch.equal(values, whole * 2)
         assert layer.get_seq_length() == whole.shape[2]
+
+
+def test_number_type_of_the_cpu_is_measured():
+    from qwenmed import hardware
+
+    dtype, factor = hardware.faster_cpu_dtype(1, 256, 512)
+    assert factor > 0 and dtype == (torch.bfloat16 if factor >= hardware.CLEARLY_FASTER else torch.float32)
+
+
+def test_number_type_is_told_for_a_large_model_and_fp32_for_a_small_one(demo_model, monkeypatch, capsys):
+    from qwenmed import engines, hardware
+
+    settings = engines.EngineSettings(checkpoint=str(demo_model), device="cpu")
+    assert engines.open_engine(settings)._model.dtype == torch.float32
+    assert "数值类型" not in capsys.readouterr().err
+    monkeypatch.setattr(hardware, "SMALL_MODEL", 0)
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda rows, *sizes: (torch.bfloat16, 2.0 if rows == 1 else 1.5))
+    assert engines.open_engine(settings)._model.dtype == torch.bfloat16
+    assert "bf16" in (told := capsys.readouterr().err) and "2.0 倍" in told and "--dtype" in told
+    fixed = engines.EngineSettings(checkpoint=str(demo_model), device="cpu", dtype="fp32")
+    assert engines.open_engine(fixed, 64)._model.dtype == torch.float32
+
+
+def test_readme_shows_the_measured_figures():
+    import json
+
+    from benchmarks import assistant
+
+    results = json.loads(assistant.RESULTS.read_text(encoding="utf-8"))
+    assert assistant.table(results) in (assistant.ROOT / "README.md").read_text(encoding="utf-8")
