@@ -93,8 +93,8 @@ class Batch:
             layer.set(layer.keys[index, :, first:], layer.values[index, :, first:])
         return self
 
-    def join(self, other: "Batch") -> None:
-        """Take in another batch's rows, behind one's own."""
+    def join(self, other: "Batch") -> "Batch":
+        """Take in another batch's rows, behind one's own; returns itself."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             mine.set(
@@ -105,6 +105,7 @@ class Batch:
         self.mask = torch.cat(masks)
         self.positions = torch.cat([self.positions, other.positions])
         self.logits = torch.cat([self.logits, other.logits])
+        return self
 
     def keys_values(self, row: int, columns: int) -> KeysValues:
         """The first columns of one row's keys and values, layer by layer, each of shape (1, heads, columns, size)."""

@@ -10,8 +10,9 @@ obeyed), connection reuse. What is added here is what the servers differ in:
   in a second request behind the closed thinking (`continue_final_message`: vLLM, SGLang); where the server
   refuses that, it is asked once more without thinking, which then costs the answer the thinking's help.
 
-Limits: the pieces of a stream are counted as tokens, which is right unless a server sends several in one piece.
-What looks like a control token in a message is broken up, for a server may take it for one.
+Limits: a server that ignores the fields of a continuation thinks anew, within what is left of the tokens. The pieces
+of a stream are counted as tokens, which is right unless a server sends several in one piece. What looks like a
+control token in a message is broken up, for a server may take it for one.
 """
 
 import contextlib
@@ -26,6 +27,10 @@ from qwenmed.controls import as_plain_words
 from qwenmed.engine import MODELS_OWN, QWEN3_SAMPLING, Chunk, Generation, Messages, Prompt, Sampling
 from qwenmed.errors import UserError
 from qwenmed.server_reply import Reader
+
+# How Qwen3's template is told to leave the thinking out, and how a server to go on with the last message.
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Of one request; the client waits 0.5 s, then twice as long each time, at most 8 s.
@@ -78,7 +83,6 @@ class OpenAIEngine:
             timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
             max_retries=retries,
         )
-        self._stopped = threading.Event()
         # Fields that not every server knows; emptied when one refuses them.
         self._optional: dict[str, Any] = {"stream_options": {"include_usage": True}}
         self._can_continue = True
@@ -127,12 +131,15 @@ class OpenAIEngine:
         Raises:
             UserError: the server failed (a `ServerError`) or refused the question.
         """
+        return self._stream(prompt, threading.Event())
+
+    def _stream(self, prompt: Prompt, stopped: threading.Event) -> Iterator[Chunk | Generation]:
         reader = Reader(prompt)
-        no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
-        yield from self._read(reader, prompt.messages, no_thinking if prompt.think_budget == 0 else {})
+        extra = NO_THINKING if prompt.think_budget == 0 else {}
+        yield from self._read(reader, prompt.messages, extra, stopped)
         yield from reader.close_part()
         if reader.wants_answer:
-            yield from self._continue(reader, prompt, no_thinking)
+            yield from self._continue(reader, prompt, stopped)
         yield from reader.close_part()
         yield reader.generation()
 
@@ -154,41 +161,42 @@ class OpenAIEngine:
                 raise UserError(f"服务器连续 {failures} 题失败，已停止：{result.what}", self._base_url, result.remedy)
             return result
 
-        failures, pending = 0, deque()
-        self._stopped.clear()
+        failures, pending, stopped = 0, deque(), threading.Event()
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             for prompt in prompts:
-                pending.append(pool.submit(self._answer, prompt) if isinstance(prompt, Prompt) else prompt)
+                pending.append(pool.submit(self._answer, prompt, stopped) if isinstance(prompt, Prompt) else prompt)
                 while pending and (len(pending) >= 4 * self._concurrency or _is_done(pending[0])):
                     yield settle(pending.popleft())
             while pending:
                 yield settle(pending.popleft())
         finally:
-            self._stopped.set()
+            stopped.set()  # the threads leave their streams at the next piece
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, prompt: Prompt) -> Generation | UserError:
+    def _answer(self, prompt: Prompt, stopped: threading.Event) -> Generation | UserError:
         for attempt in range(BROKEN_STREAM_RETRIES + 1):
             try:
-                *_, generation = self.stream(prompt)
+                *_, generation = self._stream(prompt, stopped)
                 return generation
             except ServerError as error:
                 failure = error
-                if attempt == BROKEN_STREAM_RETRIES or self._stopped.wait(2.0**attempt):
+                if attempt == BROKEN_STREAM_RETRIES or stopped.wait(2.0**attempt):
                     break
             except UserError as error:
                 return error
         return failure
 
-    def _read(self, reader: "Reader", messages: Messages, extra: dict[str, Any]) -> Iterator[Chunk]:
+    def _read(
+        self, reader: Reader, messages: Messages, extra: dict[str, Any], stopped: threading.Event
+    ) -> Iterator[Chunk]:
         """Feed a request's stream to the reader, until it ends or the reader has enough."""
         with _explained(self._base_url, self._timeout):
             response = self._request(messages, reader.room, extra)
         with _explained(self._base_url, self._timeout, streaming=True):
             with contextlib.closing(response):
                 for event in response:
-                    if self._stopped.is_set() and threading.current_thread() is not threading.main_thread():
+                    if stopped.is_set():
                         raise ServerError("已停止", self._base_url)
                     yield from reader.feed(event)
                     if reader.enough:
@@ -210,29 +218,29 @@ class OpenAIEngine:
         }
         if sampling.seed is not None:
             fields["seed"] = sampling.seed
+        optional = self._optional  # other threads may empty it meanwhile
         try:
-            return self._client.chat.completions.create(**fields, **self._optional, extra_body=extra)
+            return self._client.chat.completions.create(**fields, **optional, extra_body=extra)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not any(name in str(error) for name in self._optional):
+            if not any(name in str(error) for name in optional):
                 raise
             self._optional = {}
             return self._client.chat.completions.create(**fields, extra_body=extra)
 
-    def _continue(self, reader: "Reader", prompt: Prompt, no_thinking: dict[str, Any]) -> Iterator[Chunk]:
+    def _continue(self, reader: Reader, prompt: Prompt, stopped: threading.Event) -> Iterator[Chunk]:
         """The answer behind a thinking that was closed."""
         reader.begin_answer()
         if self._can_continue:
             begun = f"<think>\n{as_plain_words(reader.thinking)}\n</think>\n\n"
             as_begun = [*prompt.messages, {"role": "assistant", "content": begun}]
-            extra = {"add_generation_prompt": False, "continue_final_message": True}
             try:
-                yield from self._read(reader, as_begun, extra)
+                yield from self._read(reader, as_begun, CONTINUE, stopped)
                 return
-            except UserError:
-                if reader.answer:
-                    raise
+            except ServerError:
+                raise
+            except UserError:  # it does not know the fields
                 self._can_continue = False
-        yield from self._read(reader, prompt.messages, no_thinking)
+        yield from self._read(reader, prompt.messages, NO_THINKING, stopped)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ class Reader:
     @property
     def enough(self) -> bool:
         """Whether nothing more is wanted of this stream."""
-        return self.finish_reason == "repetition" or (self.cut_thinking and not self._continued)
+        overrun = sum(self._tokens.values()) > self._max_tokens  # a server that knows no limit
+        return overrun or self.finish_reason == "repetition" or (self.cut_thinking and not self._continued)
 
     @property
     def wants_answer(self) -> bool:
@@ -97,6 +98,7 @@ class Reader:
         if self._parsed and not self._has_fields and not self._continued:
             # The parser knows better than the stream did whether a text was thinking (a tag that nothing opened).
             thinking, answer = self._parsed[0].thinking, self._parsed[0].answer
+        # None: it was left in the middle, for it went beyond its limit.
         reason = "think_budget" if self.cut_thinking and self.finish_reason == "stop" else self.finish_reason
         return Generation(
             reply=chat.Reply(thinking, answer, thinking_closed=bool(answer) or self.finish_reason == "stop"),

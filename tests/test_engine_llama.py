@@ -82,6 +82,12 @@ def test_control_tokens_in_a_question_stay_text(llama):
     assert ids.count(starts) == 3 and llama._tags[1] not in ids
 
 
+@pytest.mark.parametrize("text", ["头\0痛", "头\x1b[2J痛", "\ufeff头痛", "😀" * 50])
+def test_odd_characters_are_answered(llama, text):
+    *_, reply = llama.stream(Prompt(chat.user_messages(text, None), 8))
+    assert reply.prompt_tokens > 5 and reply.thinking_tokens + reply.answer_tokens > 0
+
+
 def test_command_line(gguf_file, trained, tmp_path):
     row = trained.rows[0]
     done = run_script(

@@ -146,6 +146,12 @@ def test_limit_is_told(serve):
 # Servers that misbehave.
 
 
+def test_server_that_knows_no_limit_is_left(serve):
+    endless = say(*[{"content": f"第{i}句。"} for i in range(5000)])
+    reply = last(connect(serve(endless)), Prompt(QUESTION.messages, 50))
+    assert reply.finish_reason == "length" and reply.answer_tokens == 51
+
+
 def test_busy_server_is_asked_again_when_it_says(serve):
     server = serve(fail(429, headers=[("Retry-After", "0.05")]), fail(500), say(*pieces("答")))
     assert last(connect(server, retries=3)).reply.answer == "答" and len(server.asked) == 3
