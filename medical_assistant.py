@@ -74,17 +74,17 @@ class MedicalAssistant:
         self.last_reply: AssistantReply | None = None
         self._engine: Engine | None = None if isinstance(engine, str) else engine
 
-    def load_model(self, together: int = 1) -> "MedicalAssistant":
+    def load_model(self, for_batch: bool = False) -> "MedicalAssistant":
         """Find and load what answers; does nothing if that has been done.
 
         Args:
-            together: replies that will be generated together; on a CPU the best number type depends on it.
+            for_batch: whether `batch` will be called; on a CPU the best number type depends on it.
 
         Raises:
             UserError: the checkpoint, server or device is not there or not usable.
         """
         if self._engine is None:
-            self._engine = engines.open_engine(self.settings, together)
+            self._engine = engines.open_engine(self.settings, for_batch)
         return self
 
     def ask_question(
@@ -173,7 +173,7 @@ class MedicalAssistant:
                 in_flight.append(row)
                 yield failed_row(row, row.error) if row.error else self._asked(row, answered, settings_of)
 
-        self.load_model(engines.TOGETHER)
+        self.load_model(for_batch=True)
         for result in self._engine.generate(prompts()):
             row = in_flight.popleft()
             if isinstance(result, UserError):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qwenmed import cli, controls, engines, files, terminal, triage
+from qwenmed import cli, controls, files, terminal, triage
 from qwenmed.answers import AssistantReply
 from qwenmed.batch import Request, Requests, results_file
 
@@ -60,7 +60,7 @@ def answer_batch(
             out, answered = stack.enter_context(results_file(output, resume))
         if answered:
             cli.note(f"以前答过 {len(answered)} 题，问题和设置都相同的不再问")
-        assistant.load_model(engines.TOGETHER)
+        assistant.load_model(for_batch=True)
         progress = stack.enter_context(terminal.batch_progress(len(requests)))
         as_line = terminal.batch_row_as_text(names) if names else controls.json_line
         try:

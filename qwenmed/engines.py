@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qwenmed import checkpoints, cli, hardware
 from qwenmed.cli import setting
 from qwenmed.engine import Engine, Sampling
+from qwenmed.engine_transformers import BATCH_SIZE, TransformersEngine
 from qwenmed.errors import UserError
 from qwenmed.settings import require
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 TRANSFORMERS, OPENAI, LLAMA = "transformers", "openai", "llama.cpp"
 MODEL, SERVER, GENERATION = "模型", "服务器（--engine openai）", "生成"
-
-# Replies that a batch generates together, for the choice of number type; see `engine_transformers.BATCH_SIZE`.
-TOGETHER = 64
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -87,11 +85,11 @@ class EngineSettings:
         return Sampling(self.temperature, self.top_p, self.seed)
 
 
-def open_engine(settings: EngineSettings, together: int = 1) -> Engine:
+def open_engine(settings: EngineSettings, for_batch: bool = False) -> Engine:
     """Find and load what answers, saying what is happening.
 
     Args:
-        together: replies that will be generated together, by which a CPU's number type is chosen.
+        for_batch: whether many replies will be generated together; on a CPU the best number type depends on it.
 
     Raises:
         UserError: it is not there, not usable, or an optional package is missing.
@@ -114,7 +112,7 @@ def open_engine(settings: EngineSettings, together: int = 1) -> Engine:
 
         cli.note(f"正在载入：GGUF {settings.checkpoint}（llama.cpp）")
         return LlamaEngine(Path(settings.checkpoint), settings.sampling)
-    return _open_transformers(settings, together)
+    return _open_transformers(settings, BATCH_SIZE if for_batch else 1)
 
 
 def _open_transformers(settings: EngineSettings, together: int) -> Engine:
@@ -122,8 +120,6 @@ def _open_transformers(settings: EngineSettings, together: int) -> Engine:
     checkpoint = checkpoints.find(settings.checkpoint, base_model=base)
     device = hardware.pick_device(settings.device)
     cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}（{device.type}）")
-    from qwenmed.engine_transformers import TransformersEngine
-
     dtype = _dtype(settings, device, checkpoint, together)
     model, tokenizer = checkpoints.load(checkpoint, dtype)
     weights = sorted(file.stat().st_mtime_ns for file in checkpoint.path.glob("*.safetensors"))
