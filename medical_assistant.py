@@ -50,7 +50,6 @@ class MedicalAssistant:
             concurrency, timeout, temperature, top_p, seed, think_budget.
 
     Attributes:
-        last_reply: the newest AssistantReply, thinking included; None before the first.
         history: all replies of this conversation.
 
     Raises:
@@ -71,8 +70,12 @@ class MedicalAssistant:
         self.redact = redact
         self.truncate_history = truncate_history
         self.history: list[AssistantReply] = []
-        self.last_reply: AssistantReply | None = None
         self._engine: Engine | None = None if isinstance(engine, str) else engine
+
+    @property
+    def last_reply(self) -> AssistantReply | None:
+        """The newest reply of this conversation, thinking included; None before the first."""
+        return self.history[-1] if self.history else None
 
     def load_model(self, for_batch: bool = False) -> "MedicalAssistant":
         """Find and load what answers; does nothing if that has been done.
@@ -133,7 +136,6 @@ class MedicalAssistant:
             elif event.kind == "thinking" or not warning:
                 shown += event.text if event.kind == "answer" else ""
                 yield event.kind, event.text
-        self.last_reply = reply
         self.history.append(reply)
         rest = reply.answer.removeprefix(warning).strip()
         if warning and triage.WITHHELD not in reply.cautions and reply.raw_answer:
@@ -188,13 +190,10 @@ class MedicalAssistant:
     def clear(self) -> None:
         """Start a new conversation."""
         self.history.clear()
-        self.last_reply = None
 
     def take_back(self) -> AssistantReply | None:
         """Remove the last turn from the conversation and return it, to ask it again or otherwise."""
-        taken = self.history.pop() if self.history else None
-        self.last_reply = self.history[-1] if self.history else None
-        return taken
+        return self.history.pop() if self.history else None
 
     def save_conversation(self, path: str | Path | None = None) -> Path:
         """Write the conversation as JSON, readable by its owner only (mode 0600).
@@ -213,7 +212,6 @@ class MedicalAssistant:
             UserError: the file is missing, broken, or no saved conversation.
         """
         self.history = conversation.load(Path(path), MEDICAL_SCENARIOS)
-        self.last_reply = self.history[-1] if self.history else None
         return len(self.history)
 
     def _redacted(self, question: str) -> str:

@@ -180,7 +180,6 @@ def single(args) -> dict:
         rates["ours"].append(rate(reply.thinking_tokens + reply.answer_tokens, started))
         ids = engine._prompt_ids(asked.messages)
         engine._llama.reset()
-        started = time.perf_counter()
         engine._llama.eval(ids[: len(ids) // 2])  # our stream had the first half, the system prompt, cached
         started = time.perf_counter()
         stream = engine._llama.generate(ids, temp=0.0, top_k=20, top_p=0.95, min_p=0.0)

@@ -81,10 +81,15 @@ def guard_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of the prompt, up to and including `<|im_start|>assistant\\n`."""
-    # Told that there is no thinking, the template keeps an earlier answer whole; else it would drop what
-    # stands before a `</think>` in its text.
-    told = [{"reasoning_content": "", **each} if each["role"] == "assistant" else each for each in messages]
-    return _render(tokenizer, told, add_generation_prompt=True)
+    return _render(tokenizer, without_thinking(messages), add_generation_prompt=True)
+
+
+def without_thinking(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with earlier answers marked as having no thinking.
+
+    Told so, the template keeps an answer whole; else it would drop what stands before a `</think>` in its text.
+    """
+    return [{"reasoning_content": "", **each} if each["role"] == "assistant" else each for each in messages]
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], **options: Any) -> list[int]:
@@ -218,6 +223,15 @@ def empty_thinking_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     opened, closed = tokenizer.convert_tokens_to_ids([THINK_START, THINK_END])
     blank = _plain_ids(tokenizer, "\n\n")
     return [opened, *blank, closed, *blank]
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", configured: Iterable[int | None]) -> list[int]:
+    """Every id that ends a turn: the configured ones, `<|im_end|>` and `<|endoftext|>`.
+
+    A config that lists only one of them is the well-known reason of replies that never end.
+    """
+    named = [tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, "<|endoftext|>")]
+    return sorted({token for token in (*configured, *named) if token is not None})
 
 
 def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -4,7 +4,7 @@ Earlier turns go in without their thinking, as Qwen3's template prescribes; when
 leave, the oldest first. A saved conversation is JSON that only its owner can read.
 """
 
-import dataclasses
+import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,16 +77,16 @@ def _turn(turn: Any, number: int, path: Path, scenarios: Collection[str]) -> Ass
         raise UserError("这一轮对话不是一个对象", where, "文件可能被改动过")
     row = {**turn, "raw_answer": turn.get("said", turn.get("answer"))}
     values = {}
-    for field in dataclasses.fields(AssistantReply):
-        value = row.get(field.name)
-        if field.name in ("reasons", "cautions"):
+    for name, kind in typing.get_type_hints(AssistantReply).items():
+        value = row.get(name)
+        if kind == tuple[str, ...]:  # JSON has lists only
+            kind = tuple
             value = tuple(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else None
-        kinds = {"int": int, "float": (int, float), "str": str}.get(
-            str(getattr(field.type, "__name__", field.type)), tuple
-        )
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f"这一轮对话的 {field.name} 缺失或类型不对", where, "文件可能被改动过")
-        values[field.name] = value
+        elif kind is float:
+            kind = (int, float)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"这一轮对话的 {name} 缺失或类型不对", where, "文件可能被改动过")
+        values[name] = value
     if not files.is_encodable(turn):
         raise UserError("这一轮对话里有无法编码的字符", where, "文件可能被改动过")
     if values["scenario"] not in scenarios:

@@ -115,7 +115,6 @@ class Batch:
         ]
 
 
-@torch.inference_mode()
 def prefill(model, prompts: Sequence[Sequence[int]], prefix: KeysValues | None, prefix_length: int) -> Batch:
     """Read the prompts.
 
@@ -155,16 +154,16 @@ def bytes_per_token(model) -> int:
     return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
+@torch.inference_mode()
 def _forward(model, ids, mask, positions, cache) -> torch.Tensor:
-    with torch.inference_mode():
-        output = model(
-            input_ids=ids,
-            attention_mask=None if mask.all() else mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    output = model(
+        input_ids=ids,
+        attention_mask=None if mask.all() else mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return output.logits[:, -1].float()
 
 

@@ -46,6 +46,14 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
 
+    def over(self, default: "Sampling") -> "Sampling":
+        """This one, with the default's temperature and top-p where it says nothing."""
+        return Sampling(
+            default.temperature if self.temperature is None else self.temperature,
+            default.top_p if self.top_p is None else self.top_p,
+            self.seed,
+        )
+
 
 # Everything as the model's own generation config says.
 MODELS_OWN = Sampling()
@@ -184,6 +192,17 @@ class ReplyGuide:
         """Tokens of the answer so far, without the one that ends the turn."""
         return len(self._body) - self.thinking_tokens
 
+    def generation(self, reply: chat.Reply, prompt_tokens: int, seconds: float) -> Generation:
+        """The finished reply with its counts."""
+        return Generation(
+            reply=reply,
+            finish_reason=self.finish_reason,
+            prompt_tokens=prompt_tokens,
+            thinking_tokens=self.thinking_tokens,
+            answer_tokens=self.answer_tokens,
+            seconds=seconds,
+        )
+
     @property
     def _body(self) -> list[int]:
         return self.ids[:-1] if self.ids and self.ids[-1] in self._stop_ids else self.ids
@@ -222,6 +241,17 @@ class ReplyGuide:
             self._forced, self._cut_thinking = list(self._closing), True
         elif in_circles and not self._thinking and self.ids[self._think_end + LOOP_LENGTH :]:
             self.finish_reason = "repetition"
+
+
+def reply_limit(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+    """How many of `max_tokens` the context has room for behind the prompt.
+
+    Raises:
+        UserError: the prompt alone fills it.
+    """
+    if prompt_tokens >= context_length:
+        raise UserError(f"问题太长：{prompt_tokens} 个 token，模型的上下文只有 {context_length}", None, "请缩短问题")
+    return min(max_tokens, context_length - prompt_tokens)
 
 
 def thinking_limit(limit: int, budget: int | None, closing: int = 3) -> int:

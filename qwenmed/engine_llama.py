@@ -25,6 +25,7 @@ from qwenmed.engine import (
     Prompt,
     ReplyGuide,
     Sampling,
+    reply_limit,
 )
 from qwenmed.errors import UserError
 
@@ -57,14 +58,12 @@ class LlamaEngine:
         self.name = str(path)
         status = path.stat()
         self.fingerprint = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {sampling}"
-        self._sampling = sampling
+        self._sampling = sampling.over(QWEN3_SAMPLING)
         self._render = _renderer(self._llama, path)
         self._text = _Tokenizer(self._llama)
         self._tags = tuple(self._text.convert_tokens_to_ids([chat.THINK_START, chat.THINK_END]))
-        self._blank = self._text.encode("\n\n")
-        self._closing = [*self._text.encode("\n"), self._tags[1], *self._blank]
-        named = [self._text.convert_tokens_to_ids(token) for token in (chat.END_OF_TURN, "<|endoftext|>")]
-        self._stop_ids = {self._llama.token_eos(), *(id_ for id_ in named if id_ is not None)}
+        self._closing = chat.closing_ids(self._text)
+        self._stop_ids = chat.stop_ids(self._text, [self._llama.token_eos()])
 
     @property
     def context_length(self) -> int:
@@ -86,12 +85,9 @@ class LlamaEngine:
         started = time.perf_counter()
         ids = self._prompt_ids(prompt.messages)
         if prompt.think_budget == 0:
-            ids += [self._tags[0], *self._blank, self._tags[1], *self._blank]
-        room = self.context_length - len(ids)
-        if room <= 0:
-            raise UserError(f"问题太长：{len(ids)} 个 token，上下文只有 {self.context_length}", None, "请缩短问题")
+            ids += chat.empty_thinking_ids(self._text)
         guide = ReplyGuide(
-            min(prompt.max_tokens, room),
+            reply_limit(len(ids), prompt.max_tokens, self.context_length),
             prompt.think_budget,
             self._tags,
             self._closing,
@@ -111,14 +107,7 @@ class LlamaEngine:
             token = next(tokens)
         tokens.close()
         yield from (Chunk(*piece) for piece in parser.feed(text.close()) + parser.close())
-        yield Generation(
-            reply=parser.reply,
-            finish_reason=guide.finish_reason,
-            prompt_tokens=len(ids),
-            thinking_tokens=guide.thinking_tokens,
-            answer_tokens=guide.answer_tokens,
-            seconds=time.perf_counter() - started,
-        )
+        yield guide.generation(parser.reply, len(ids), time.perf_counter() - started)
 
     def generate(self, prompts: Iterable[Prompt | Any]) -> Iterator[Generation | UserError | Any]:
         """Answer many prompts, one after another."""
@@ -134,25 +123,19 @@ class LlamaEngine:
 
     def _tokens(self, ids: Sequence[int]):
         sampling = self._sampling
-        temperature = QWEN3_SAMPLING.temperature if sampling.temperature is None else sampling.temperature
         self._llama.set_seed(int(time.time_ns() % 2**31) if sampling.seed is None else sampling.seed)
         return self._llama.generate(
             ids,
-            temp=temperature,
-            top_p=QWEN3_SAMPLING.top_p if sampling.top_p is None else sampling.top_p,
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
             top_k=QWEN3_TOP_K,
             min_p=0.0,
         )
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
-        # As in chat.render_prompt: told that there is no thinking, the template keeps an earlier answer whole.
-        told = [
-            {**each, "content": as_plain_words(each["content"])}
-            | ({"reasoning_content": ""} if each["role"] == "assistant" else {})
-            for each in messages
-        ]
+        harmless = [{**each, "content": as_plain_words(each["content"])} for each in messages]
         try:
-            text = self._render(messages=told).prompt
+            text = self._render(messages=chat.without_thinking(harmless)).prompt
         except Exception as error:  # a template is a program, run in jinja's sandbox
             raise UserError(f"GGUF 里的对话模板出错：{error}", self.name, "请使用 Qwen3 自带的对话模板") from error
         return self._text.encode(text, special=True)
@@ -167,10 +150,13 @@ def _take(guide: ReplyGuide, sampled: int) -> list[int]:
 
 
 class _Tokenizer:
-    """llama.cpp's tokenizer, as `chat.TokenText` uses one."""
+    """llama.cpp's tokenizer, as `chat` uses one."""
 
     def __init__(self, llama: "Llama") -> None:
         self._llama = llama
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         return self._llama.tokenize(text.encode("utf-8"), add_bos=False, special=special)

@@ -76,7 +76,7 @@ class OpenAIEngine:
         import openai
 
         self._base_url, self._timeout = base_url, timeout
-        self._sampling, self._concurrency = sampling, concurrency
+        self._sampling, self._concurrency = sampling.over(QWEN3_SAMPLING), concurrency
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=api_key or os.environ.get(KEY_VARIABLE) or "none",
@@ -89,11 +89,7 @@ class OpenAIEngine:
         served = self._served(model)
         self.name = self._pick(served, model)
         self.context_length = getattr(served.get(self.name), "max_model_len", None)
-
-    @property
-    def fingerprint(self) -> str:
-        """Address, model and sampling."""
-        return f"{self._base_url} {self.name} {self._sampling}"
+        self.fingerprint = f"{base_url} {self.name} {sampling}"
 
     def _served(self, model: str | None) -> dict[str, Any]:
         """The models that the server lists; nothing where it can't list them and one has been named."""
@@ -212,8 +208,8 @@ class OpenAIEngine:
             "model": self.name,
             "messages": [_harmless(message) for message in messages],
             "max_tokens": max_tokens,
-            "temperature": QWEN3_SAMPLING.temperature if sampling.temperature is None else sampling.temperature,
-            "top_p": QWEN3_SAMPLING.top_p if sampling.top_p is None else sampling.top_p,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "stream": True,
         }
         if sampling.seed is not None:
@@ -270,8 +266,6 @@ def _explained(base_url: str, timeout: float, streaming: bool = False) -> Iterat
         raise ServerError("连不上服务器", base_url, "请检查地址，以及服务是否已经启动") from None
     except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
         # A stream that breaks off, is no JSON, or is JSON of another shape.
-        if isinstance(error, UserError):
-            raise
         what = "服务器中途断开" if isinstance(error, httpx.HTTPError) else "服务器的回应看不懂"
         raise ServerError(f"{what}：{_words(error)}", base_url, "请查看服务器的日志") from None
 

@@ -7,20 +7,21 @@ top-k and min-p; other fields of it (beams, penalties, forced tokens) are not su
 import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwenmed import chat
-from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling
+from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling, reply_limit
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation import LogitsProcessorList
 
     from qwenmed.decoding import Batch, KeysValues
 
-# Rows decoded together where memory allows: more are slower on a CPU (benchmarks/assistant.py).
+# Rows decoded together where memory allows (benchmarks/assistant.py; more were not measured).
 BATCH_SIZE = 64
 # Share of the free memory that keys and values may take.
 MEMORY_SHARE = 0.6
@@ -54,7 +55,9 @@ class TransformersEngine:
         self._model, self._tokenizer = model, tokenizer
         self._sampler = _Sampler(model.generation_config, sampling)
         self._batch_size = batch_size
-        self._stop_ids = _stop_ids(model, tokenizer)
+        configured = model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        self._stop_ids = chat.stop_ids(tokenizer, [*configured, tokenizer.eos_token_id])
         self._tags = tuple(tokenizer.convert_tokens_to_ids([chat.THINK_START, chat.THINK_END]))
         self._turn_end = tokenizer.convert_tokens_to_ids(chat.END_OF_TURN)
         self._closing = chat.closing_ids(tokenizer)
@@ -85,7 +88,7 @@ class TransformersEngine:
             while True:
                 token = self._choose(batch, [row])[0]
                 yield from (Chunk(*piece) for piece in parser.feed(text.feed([token])))
-                if row.guide.finish_reason:
+                if row.ended:
                     break
                 batch.step(self._model, [token])
         except Exception as error:
@@ -100,46 +103,25 @@ class TransformersEngine:
 
         Prompts are taken a few batches ahead, the longest first, so that rows of a length run together.
         """
-        source = enumerate(prompts)
-        waiting: list[_Row] = []
+        queue = _Queue(prompts, self._row)
         active: list[_Row] = []
-        done: dict[int, Any] = {}
-        batch, size, following, exhausted = None, self._batch_size, 0, False
+        batch, size = None, self._batch_size
         while True:
-            while not exhausted and len(waiting) < 2 * size and len(done) < 8 * self._batch_size:
-                if (item := next(source, None)) is None:
-                    exhausted = True
-                elif not isinstance(item[1], Prompt):
-                    done[item[0]] = item[1]
-                else:
-                    try:
-                        waiting.append(self._row(*item))
-                    except UserError as error:
-                        done[item[0]] = error
-            while following in done:
-                yield done.pop(following)
-                following += 1
-            if not waiting and not active:
-                if exhausted:
+            queue.fill(2 * size, 8 * self._batch_size)
+            yield from queue.ready()
+            if not queue.waiting and not active:
+                if queue.exhausted:
                     return
                 continue
             try:
-                free = min(size, self._rows_that_fit([*active, *waiting])) - len(active) if waiting else 0
-                # A few at a time: each arrival makes the whole batch be copied.
-                if waiting and (not active or free >= max(1, size // 8)):
-                    # The oldest must not wait for ever behind longer ones.
-                    waiting.sort(key=lambda row: (row.number != following, -row.limit, -len(row.ids)))
-                    groups = self._by_prefix(waiting[: max(1, free)])
-                    waiting = waiting[max(1, free) :]
+                if arriving := self._arriving(queue, active, size):
+                    groups = self._by_prefix(arriving)
                     # Before they are read, so that running out of memory loses none.
                     active += [row for group in groups for row in group]
-                    arrived = functools.reduce(_joined, map(self._read, groups))
-                    batch = _joined(batch, arrived)
+                    batch = _joined(batch, functools.reduce(_joined, map(self._read, groups)))
                 tokens = self._choose(batch, active)
-                going = [i for i, row in enumerate(active) if not row.guide.finish_reason]
-                for row in active:
-                    if row.guide.finish_reason:
-                        done[row.number] = row.generation(self._parse(row))
+                queue.done |= {row.number: row.generation(self._parse(row)) for row in active if row.ended}
+                going = [i for i, row in enumerate(active) if not row.ended]
                 if len(going) < len(active):
                     active, tokens = [active[i] for i in going], [tokens[i] for i in going]
                     batch = batch.keep(going) if going else None
@@ -150,22 +132,24 @@ class TransformersEngine:
                     raise
                 batch, size = None, max(1, size // 2)
                 if len(active) == 1:
-                    done[active[0].number] = _out_of_memory()
+                    queue.done[active[0].number] = _out_of_memory()
                 else:
-                    waiting = [row.again(self) for row in active] + waiting
+                    queue.waiting = [row.again(self) for row in active] + queue.waiting
                 active = []
                 self._prefixes.clear()
+
+    def _arriving(self, queue: "_Queue", active: Sequence["_Row"], size: int) -> list["_Row"]:
+        """The rows that join the running ones; a few at a time, for each arrival makes the whole batch be copied."""
+        if not queue.waiting:
+            return []
+        free = min(size, self._rows_that_fit([*active, *queue.waiting])) - len(active)
+        return queue.take(max(1, free)) if not active or free >= max(1, size // 8) else []
 
     def _row(self, number: int, prompt: Prompt) -> "_Row":
         ids = chat.render_prompt(self._tokenizer, prompt.messages)
         if prompt.think_budget == 0:
             ids = [*ids, *chat.empty_thinking_ids(self._tokenizer)]
-        room = self.context_length - len(ids)
-        if room <= 0:
-            raise UserError(
-                f"问题太长：{len(ids)} 个 token，模型的上下文只有 {self.context_length}", None, "请缩短问题"
-            )
-        return _Row(number, prompt, ids, min(prompt.max_tokens, room), self)
+        return _Row(number, prompt, ids, reply_limit(len(ids), prompt.max_tokens, self.context_length), self)
 
     def _guide(self, row: "_Row") -> ReplyGuide:
         return ReplyGuide(
@@ -223,6 +207,49 @@ class TransformersEngine:
         return max(1, int((free_memory(self._model.device) * MEMORY_SHARE + running) / per_row))
 
 
+class _Queue:
+    """The prompts of a run: which wait for a place, and which results wait for those before them.
+
+    Attributes:
+        waiting: rows that have no place yet.
+        done: results by the number of their prompt.
+        exhausted: whether all prompts have been taken.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt | Any], make_row: Callable[[int, Prompt], "_Row"]) -> None:
+        self.waiting: list[_Row] = []
+        self.done: dict[int, Any] = {}
+        self.exhausted = False
+        self._source, self._make_row = enumerate(prompts), make_row
+        self._following = 0  # the number of the result that is due next
+
+    def fill(self, ahead: int, held: int) -> None:
+        """Take prompts until `ahead` of them wait, or `held` results do."""
+        while not self.exhausted and len(self.waiting) < ahead and len(self.done) < held:
+            number, prompt = next(self._source, (None, None))
+            if number is None:
+                self.exhausted = True
+            elif not isinstance(prompt, Prompt):
+                self.done[number] = prompt
+            else:
+                try:
+                    self.waiting.append(self._make_row(number, prompt))
+                except UserError as error:
+                    self.done[number] = error
+
+    def ready(self) -> Iterator[Any]:
+        """The results whose turn it is."""
+        while self._following in self.done:
+            yield self.done.pop(self._following)
+            self._following += 1
+
+    def take(self, count: int) -> list["_Row"]:
+        """The longest rows that wait; the one whose result is due comes first, lest it wait for ever."""
+        self.waiting.sort(key=lambda row: (row.number != self._following, -row.limit, -len(row.ids)))
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        return taken
+
+
 class _Row:
     """A prompt on its way to a reply."""
 
@@ -232,20 +259,18 @@ class _Row:
         self.generator = engine._sampler.generator(engine._model.device)
         self._started = time.perf_counter()
 
+    @property
+    def ended(self) -> bool:
+        """Whether its reply is finished."""
+        return self.guide.finish_reason is not None
+
     def again(self, engine: TransformersEngine) -> "_Row":
         """The same prompt from its beginning."""
         return _Row(self.number, self.prompt, self.ids, self.limit, engine)
 
     def generation(self, reply: chat.Reply) -> Generation:
         """The finished reply."""
-        return Generation(
-            reply=reply,
-            finish_reason=self.guide.finish_reason,
-            prompt_tokens=len(self.ids),
-            thinking_tokens=self.guide.thinking_tokens,
-            answer_tokens=self.guide.answer_tokens,
-            seconds=time.perf_counter() - self._started,
-        )
+        return self.guide.generation(reply, len(self.ids), time.perf_counter() - self._started)
 
 
 class _Sampler:
@@ -274,12 +299,13 @@ class _Sampler:
 
         if self._greedy:
             return logits.argmax(dim=-1).tolist()
-        shares = torch.softmax(self._warp(logits), dim=-1)
+        shares = torch.softmax(self._warpers(None, logits), dim=-1)
         if generators[0] is None:
             return torch.multinomial(shares, 1).flatten().tolist()
         return [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(shares, generators, strict=True)]
 
-    def _warp(self, logits: "torch.Tensor") -> "torch.Tensor":
+    @functools.cached_property
+    def _warpers(self) -> "LogitsProcessorList":
         from transformers.generation import (
             LogitsProcessorList,
             MinPLogitsWarper,
@@ -296,7 +322,7 @@ class _Sampler:
             steps.append(TopPLogitsWarper(self._top_p))
         if self._min_p:
             steps.append(MinPLogitsWarper(self._min_p))
-        return steps(None, logits)
+        return steps
 
 
 class _Prefixes:
@@ -352,14 +378,3 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _out_of_memory() -> UserError:
     return UserError("内存或显存不足，放不下这一个问题", None, "请减小 -m，缩短问题，或换小一些的模型")
-
-
-def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every id that ends a turn: those of the generation config, `<|im_end|>` and `<|endoftext|>`.
-
-    A config that lists only one of them is the well-known reason of replies that never end.
-    """
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    named = [tokenizer.convert_tokens_to_ids(token) for token in (chat.END_OF_TURN, "<|endoftext|>")]
-    return sorted({token for token in (*configured, tokenizer.eos_token_id, *named) if token is not None})

@@ -40,8 +40,7 @@ def read_text(path: Path) -> str:
         UserError: missing, empty, binary, or not UTF-8 (the byte offset is named).
     """
     data = require_file(path).read_bytes()
-    if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _binary(path)
+    _refuse_binary(data[:8192], path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,9 +60,7 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     offset, blank = 0, True
     with require_file(path).open("rb") as file:
-        start = file.peek(8192)[:8192]
-        if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise _binary(path)
+        _refuse_binary(file.peek(8192)[:8192], path)
         for data in file:
             try:
                 line = data.decode("utf-8-sig" if offset == 0 else "utf-8")
@@ -76,8 +73,9 @@ def read_lines(path: Path) -> Iterator[str]:
         raise _empty(path)
 
 
-def _binary(path: Path) -> UserError:
-    return UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
+def _refuse_binary(start: bytes, path: Path) -> None:
+    if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
 
 
 def _not_utf8(path: Path, offset: int) -> UserError:

@@ -1,8 +1,8 @@
 """Chooses a scenario for a question by words: `-s auto` and `suggest_scenario`.
 
-The words stand in scenarios.csv, each group with a weight, for anyone to correct. A scenario's points are the sum
-over its words in the text, a longer word hiding the shorter ones within it; an age counts for the child or the old
-person. Whom it is about weighs more than what it is about, as at a hospital's reception: a child with a fever is
+The words stand in scenarios.csv, each group with a weight, for anyone to correct. A scenario's points are
+those of its heaviest word in the text and a part of each further one's, a longer word hiding the shorter ones within
+it; an age counts for the child or the old person. Whom it is about weighs more than what it is about, as at a hospital's reception: a child with a fever is
 the paediatrician's. An emergency by the urgency rules counts for the emergency scenario; its fixed text does not
 depend on the scenario.
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenmed import triage
+from qwenmed.quantities import chinese_to_digits
 from qwenmed.signs import normalise
 
 NO_CLUE = "问题里没有明显的线索"
@@ -28,7 +29,6 @@ FURTHER_WORDS = 0.4
 AGE_POINTS = 7
 CHILD_UNTIL, OLD_FROM = 14, 65
 
-_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"两": 2}
 # 父亲75：an age that a relative's name says is one.
 _BARE_AGE = re.compile(
     r"(?:父亲|母亲|爸|妈|爷|奶|岳父|岳母|老伴|姑|舅|伯|婶|他|她)(?:今年|都|快|已经)?([6-9][0-9])(?![0-9.%/])"
@@ -63,7 +63,7 @@ def suggest(question: str, scenarios: Collection[str], fallback: str) -> Suggest
             if not any(word != other and word in other for other in here):
                 count(scenario, weighted[word], word)
     for age in [*_AGE.finditer(text), *_BARE_AGE.finditer(text)]:
-        years = _number(age[1])
+        years = int(chinese_to_digits(age[1]))
         if years <= CHILD_UNTIL:
             count("pediatric", AGE_POINTS, age[0])
         elif years >= OLD_FROM:
@@ -81,13 +81,6 @@ def suggest(question: str, scenarios: Collection[str], fallback: str) -> Suggest
 def _points(weights: list[int]) -> float:
     """The heaviest word in full, the others in part: many weak words make no strong one."""
     return max(weights) + FURTHER_WORDS * (sum(weights) - max(weights))
-
-
-def _number(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    tens, ten, ones = text.rpartition("十")
-    return (_DIGITS.get(tens, 1) * 10 if ten else 0) + _DIGITS.get(ones, 0)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ class Reader:
         self._max_tokens = prompt.max_tokens
         self._budget = thinking_limit(prompt.max_tokens, prompt.think_budget)
         self._parser: chat.ReplyParser | None = chat.ReplyParser()  # for a content that holds the thinking
-        self._parsed: list[chat.Reply] = []
+        self._parsed: chat.Reply | None = None
         self._has_fields = False
         self._pieces = {"thinking": "", "answer": ""}
         self._tokens = {"thinking": 0, "answer": 0}
@@ -53,9 +53,8 @@ class Reader:
     @property
     def wants_answer(self) -> bool:
         """Whether the thinking was cut, or ended the turn without an answer."""
-        if self.finish_reason == "stop" and self.thinking and not self.answer:
-            self.cut_thinking = True
-        return self.cut_thinking and not self.answer
+        ended_in_thinking = self.finish_reason == "stop" and bool(self.thinking)
+        return (self.cut_thinking or ended_in_thinking) and not self.answer
 
     def feed(self, event: Any) -> list[Chunk]:
         """The chunks that one event adds."""
@@ -83,21 +82,20 @@ class Reader:
         if self._has_fields or self._parser is None:
             return []
         chunks = self._noted(self._parser.close())
-        self._parsed.append(self._parser.reply)
-        self._parser = None
+        self._parsed, self._parser = self._parser.reply, None
         return chunks
 
     def begin_answer(self) -> None:
         """The thinking was cut; what follows in another stream is the answer."""
         self._parser, self._has_fields, self.finish_reason = chat.ReplyParser(), False, None
-        self._continued = True
+        self.cut_thinking = self._continued = True
 
     def generation(self) -> Generation:
         """The finished reply."""
         thinking, answer = self.thinking, self.answer
         if self._parsed and not self._has_fields and not self._continued:
             # The parser knows better than the stream did whether a text was thinking (a tag that nothing opened).
-            thinking, answer = self._parsed[0].thinking, self._parsed[0].answer
+            thinking, answer = self._parsed.thinking, self._parsed.answer
         # None: it was left in the middle, for it went beyond its limit.
         reason = "think_budget" if self.cut_thinking and self.finish_reason == "stop" else self.finish_reason
         return Generation(

@@ -174,12 +174,12 @@ class Session:
 
     def _turn(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        command = _ALONE.get(word.lower()) or (word[1:].lower() if word[1:].lower() in SLASH_ONLY else None)
+        command = _ALONE.get(word.lower())
         if command and rest.strip() and command not in WITH_ARGUMENT:
             command = None
         if not line:
             print("问题是空的；输入 /help 查看命令。")
-        elif command and (command not in SLASH_ONLY or word.startswith("/")):
+        elif command:
             arguments = (rest.strip(),) if command in WITH_ARGUMENT else ()
             getattr(self, f"_do_{command}")(*arguments)
         elif word.startswith("/") and word.isascii():
@@ -247,7 +247,6 @@ class Session:
         print(printable(f"问：{last.question}"))
         if not self._answer(last.question, last.scenario):
             self._assistant.history.append(last)  # a retry that was stopped costs nothing
-            self._assistant.last_reply = last
 
     def _do_save(self, name: str) -> None:
         try:

@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +43,7 @@ def preload() -> None:
     """What the scripts import before they do anything else."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # so that a fork is safe
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
@@ -51,21 +52,26 @@ def preload() -> None:
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
 
-def become(request: dict) -> None:
-    """Be the script, and never return."""
+def become(request: dict) -> NoReturn:
+    """Be the script, and never return.
+
+    Args:
+        request: `script`, `arguments`, `cwd`, and the existing files that are `stdin`, `stdout` and `stderr`.
+    """
     status = 1
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["cwd"])
-        for number, (name, mode) in enumerate(
-            [("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY)]
-        ):
+        append = os.O_WRONLY | os.O_APPEND  # both may go to one file
+        for number, (name, mode) in enumerate([("stdin", os.O_RDONLY), ("stdout", append), ("stderr", append)]):
             os.dup2(os.open(request[name], mode), number)
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
-        sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", line_buffering=True
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(
+                io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding="utf-8", line_buffering=True
+            )
+            for number in (1, 2)
         )
         sys.argv = [request["script"], *request["arguments"]]
         try:

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import random
-import runpy
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from conftest import ROOT
+from script_server import become
 
 LIMIT = 120  # seconds after which a child counts as hung
 
@@ -26,34 +25,13 @@ class Child:
 
     def __init__(self, script: str, *arguments: object, cwd: Path, log: Path) -> None:
         self.log = log
+        log.write_bytes(b"")
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(script, [str(argument) for argument in arguments], cwd)
-        self.status: int | None = None
-
-    def _become(self, script: str, arguments: list[str], cwd: Path) -> None:
-        status = 1
-        try:
-            os.setsid()
-            os.chdir(cwd)
-            file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
             os.environ["HF_HUB_OFFLINE"] = "1"
-            sys.argv = [script, *arguments]
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+            streams = {"stdin": os.devnull, "stdout": log, "stderr": log}
+            become({"script": str(ROOT / script), "arguments": [*map(str, arguments)], "cwd": cwd, **streams})
+        self.status: int | None = None
 
     def alive(self) -> bool:
         """Whether it still runs."""

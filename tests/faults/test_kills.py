@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from forked import Child, delays
+from script_server import preload
 from tally import kept_counts, tally  # noqa: F401
 
 from qwenmed import files
@@ -25,14 +26,7 @@ FORMATTED = ("train_format.jsonl", "val_format.jsonl")
 @pytest.fixture(scope="session", autouse=True)
 def heavy_imports():
     """Load what the scripts load once, before any child is forked; one thread, so that a fork is safe."""
-    import torch
-
-    torch.set_num_threads(1)
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-    import trl  # noqa: F401
-    from transformers import Qwen3ForCausalLM  # noqa: F401
-    from trl import SFTConfig, SFTTrainer  # noqa: F401
+    preload()
 
 
 def digest(folder: Path, pattern: str) -> dict[str, str]:
