@@ -110,7 +110,7 @@ class Answered:
             offset = 0
             for line in file:
                 row = _parsed(line)
-                if row is not None and "error" not in row and "answer" in row:
+                if row is not None and "error" not in row and "settings" in row:
                     self._places[_key(row)] = (file, offset)
                 offset += len(line)
 

@@ -7,6 +7,7 @@ inference the same prompt is rendered and the model writes the rest.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ SANITIZE = {"sanitize_control_tokens": True}
 # Stands for a "<" that the model wrote as text: no tag can be read where one stands. Nobody types it.
 WRITTEN_LESS_THAN = "\U000f003c"
 
+# One think block and then the answer.
+_ONE_BLOCK = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*", re.DOTALL)
+
 # A shortened thinking keeps its beginning and end; in between stands this.
 ELLIPSIS = "\n……\n"
 
@@ -48,11 +52,13 @@ class Reply:
         thinking: the text between the think tags, or "".
         answer: what follows it, or "".
         thinking_closed: False if the text ended inside of the thinking.
+        well_formed: whether it was exactly one think block, closed, and then the answer.
     """
 
     thinking: str
     answer: str
     thinking_closed: bool = True
+    well_formed: bool = dataclasses.field(default=True, compare=False)
 
 
 def user_messages(question: str, system: str | None, history: Sequence[dict[str, str]] = ()) -> list[dict[str, str]]:
@@ -315,6 +321,7 @@ class ReplyParser:
             thinking=_plain("\n".join(part.strip() for part in (*thinking, *before) if part.strip())),
             answer=_plain(answer.strip()),
             thinking_closed=self._text.rfind(THINK_START) <= self._text.rfind(THINK_END),
+            well_formed=bool(_ONE_BLOCK.fullmatch(self._text)),
         )
 
     def _pieces(self, events: Iterable[dict]) -> list[tuple[str, str]]:

@@ -270,6 +270,12 @@ def merge_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         raise UserError(f"LoRA 适配器与基础模型不匹配或已损坏：{_first_line(error)}", adapter, remedy) from error
 
 
+def short_name(path: Path) -> str:
+    """A model's name for people: its folder, and its run where it is a checkpoint of one."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
 def _adapter_base(path: Path, base_model: Path | None) -> Path:
     check_weights(path)
     config = files.read_json(path / ADAPTER_CONFIG)

@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from qwenmed.controls import printable
 from qwenmed.errors import UserError
@@ -91,7 +91,7 @@ def field_type(settings: type, name: str) -> tuple[type, bool]:
     return hint, False
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+def add_settings(parser: argparse.ArgumentParser, settings: type, leave_out: Collection[str] = ()) -> None:
     """Add an option for each field of a settings dataclass, grouped as its metadata says.
 
     An option that is not given leaves nothing in the namespace, so that a YAML file or a model's own
@@ -99,6 +99,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(settings):
+        if field.name in leave_out:
+            continue
         meta = field.metadata
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group

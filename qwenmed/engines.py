@@ -13,6 +13,7 @@ from qwenmed.settings import require
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRANSFORMERS, OPENAI, LLAMA = "transformers", "openai", "llama.cpp"
 MODEL, SERVER, GENERATION = "模型", "服务器（--engine openai）", "生成"
@@ -115,27 +116,50 @@ def open_engine(settings: EngineSettings, for_batch: bool = False) -> Engine:
     return _open_transformers(settings, BATCH_SIZE if for_batch else 1)
 
 
+def find_checkpoint(settings: EngineSettings) -> checkpoints.Checkpoint:
+    """The checkpoint that the settings name; no weights are loaded.
+
+    Raises:
+        UserError: there is none, or it lacks something.
+    """
+    return checkpoints.find(settings.checkpoint, base_model=Path(settings.base_model) if settings.base_model else None)
+
+
 def _open_transformers(settings: EngineSettings, together: int) -> Engine:
-    base = Path(settings.base_model) if settings.base_model else None
-    checkpoint = checkpoints.find(settings.checkpoint, base_model=base)
+    checkpoint = find_checkpoint(settings)
     device = hardware.pick_device(settings.device)
     cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}（{device.type}）")
-    dtype = _dtype(settings, device, checkpoint, together)
+    dtype = generation_dtype(settings, device, checkpoint, together)
     model, tokenizer = checkpoints.load(checkpoint, dtype)
+    return engine_of(settings, checkpoint, model.to(device), tokenizer)
+
+
+def engine_of(
+    settings: EngineSettings,
+    checkpoint: checkpoints.Checkpoint,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> TransformersEngine:
+    """The engine over a checkpoint that is loaded already."""
     weights = sorted(file.stat().st_mtime_ns for file in checkpoint.path.glob("*.safetensors"))
     return TransformersEngine(
-        model.to(device),
+        model,
         tokenizer,
         settings.sampling,
         name=str(checkpoint.path),
         notice=checkpoint.notice,
-        fingerprint=f"{checkpoint.path.resolve()} {weights} {dtype} {settings.sampling}",
+        fingerprint=f"{checkpoint.path.resolve()} {weights} {model.dtype} {settings.sampling}",
     )
 
 
-def _dtype(
+def generation_dtype(
     settings: EngineSettings, device: "torch.device", checkpoint: checkpoints.Checkpoint, together: int
 ) -> "torch.dtype":
+    """The number type to generate in, measured where a large model runs on a CPU.
+
+    Args:
+        together: replies that are generated together.
+    """
     import torch
 
     if settings.dtype != "auto":

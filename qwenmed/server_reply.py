@@ -99,13 +99,24 @@ class Reader:
         # None: it was left in the middle, for it went beyond its limit.
         reason = "think_budget" if self.cut_thinking and self.finish_reason == "stop" else self.finish_reason
         return Generation(
-            reply=chat.Reply(thinking, answer, thinking_closed=bool(answer) or self.finish_reason == "stop"),
+            reply=chat.Reply(
+                thinking,
+                answer,
+                thinking_closed=bool(answer) or self.finish_reason == "stop",
+                well_formed=self._well_formed(thinking, answer),
+            ),
             finish_reason=reason or "length",
             prompt_tokens=self._usage,
             thinking_tokens=self._tokens["thinking"],
             answer_tokens=self._tokens["answer"],
             seconds=time.perf_counter() - self._started,
         )
+
+    def _well_formed(self, thinking: str, answer: str) -> bool:
+        """As the parser saw it; a server that separates the thinking itself shows only whether both are there."""
+        if self._parsed and not self._has_fields:
+            return self._parsed.well_formed
+        return bool(thinking and answer) and chat.THINK_START not in answer and chat.THINK_END not in answer
 
     def _count(self, chunks: Sequence[tuple[str, str]]) -> None:
         # A tag yields no chunk; it belongs to the thinking.

@@ -18,6 +18,9 @@ EMERGENCY, URGENT, ROUTINE = "emergency", "urgent", "routine"
 
 DISCLAIMER = "【免责声明】以上内容由人工智能生成，仅供参考，不能代替医生的诊断和治疗；如有不适请及时就医，紧急情况请立即拨打120。"
 
+# What the fixed text of an emergency begins with.
+EMERGENCY_MARK = "【紧急】"
+
 NO_ANSWER = "（模型在 {limit} 个 token 之内没有写完思考，还没有给出回答。请用更大的 -m / max_tokens 再试一次。）"
 SEE_A_DOCTOR_TODAY = (
     "【请当天就医】您描述的情况最好今天就去医院看医生；如果加重，或出现胸痛、呼吸困难、意识不清，请立即拨打120。"
@@ -169,9 +172,7 @@ def emergency_text(urgency: Urgency) -> str:
         return ""
     do, avoid = _advice()[urgency.advice]
     call = "请立即拨打120，并拨打心理援助热线12356" if urgency.advice in ("自伤", "伤人") else "请立即拨打120"
-    return (
-        f"【紧急】{call}！您描述的情况可能有生命危险，请先做下面的事，不要等待网上的回答。\n现在：{do}\n注意：{avoid}"
-    )
+    return f"{EMERGENCY_MARK}{call}！您描述的情况可能有生命危险，请先做下面的事，不要等待网上的回答。\n现在：{do}\n注意：{avoid}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def check_answer(answer: str, question: str, urgency: Urgency) -> CheckedAnswer:
     Args:
         question: what was asked; a child, a pregnancy or a kidney disease often stands only there.
     """
-    if urgency.level == EMERGENCY and _CONTRADICTION.search(answer):
+    if urgency.level == EMERGENCY and talks_down(answer):
         return CheckedAnswer("", (WITHHELD,))
     both = f"{question}\n{answer}"
     lowered = answer.lower()
@@ -242,6 +243,23 @@ def check_answer(answer: str, question: str, urgency: Urgency) -> CheckedAnswer:
     if _STOPPING.search(answer):
         cautions.append("stopping")
     return CheckedAnswer("\n\n".join([answer, *(_CAUTIONS[name] for name in cautions)]), tuple(cautions))
+
+
+_HELP_AT_ONCE = re.compile(
+    "(?:拨打|打|呼叫)[^。；，！？\n]{0,4}(?:120|急救|救护车)|叫救护车|120急救|呼叫120"
+    "|(?:立即|马上|立刻|赶紧|火速|紧急|第一时间)[^。；，！？\n]{0,8}(?:就医|就诊|送医|去医院|到医院|送医院|急诊|入院|送往)"
+    "|(?:去|到|前往|送|挂)[^。；，！？\n]{0,4}急诊"
+)
+
+
+def calls_for_help(answer: str) -> bool:
+    """Whether an answer says to seek care at once, and nowhere that there is no need to."""
+    return bool(_HELP_AT_ONCE.search(answer)) and not talks_down(answer)
+
+
+def talks_down(answer: str) -> bool:
+    """Whether an answer says that there is no need for help, or that it can wait."""
+    return bool(_CONTRADICTION.search(answer))
 
 
 @functools.cache
