@@ -6,7 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, files, hardware, records, tracking
+from qwenmed import (
+    chat,
+    checkpoints,
+    cli,
+    evaluation,
+    files,
+    hardware,
+    measures,
+    plots,
+    records,
+    scoring,
+    tracking,
+)
+from qwenmed.bootstrap import Bootstrap, Estimate
 from qwenmed.errors import UserError
 from qwenmed.settings import TrainSettings
 from qwenmed.training import Rows
@@ -113,25 +126,33 @@ class Run:
         from qwenmed.engine_transformers import TransformersEngine
 
         self._record(trainer, "finished")
+        model, bootstrap = _ready_to_generate(trainer.model), Bootstrap(self.settings.seed)
+        cli.note(f"用最佳检查点计算 {len(rows.val)} 个验证样本的困惑度 …")
+        scored = scoring.score_references(model, (scoring.reference(tokenizer, row) for row in rows.val))
+        found = measures.samples(evaluation.PERPLEXITY, [asdict(score) for score in scored])
         wanted = rows.val_records[:SAMPLE_COUNT] if self.settings.sample_tokens else []
         if wanted:
             cli.note(f"用最佳检查点回答 {len(wanted)} 个验证问题 …")
             sampling = Sampling(seed=self.settings.seed)
-            engine = TransformersEngine(_ready_to_generate(trainer.model), tokenizer, sampling)
+            engine = TransformersEngine(model, tokenizer, sampling)
             prompts = [
                 Prompt(chat.user_messages(record.question, record.system or general), self.settings.sample_tokens)
                 for record in wanted
             ]
-            replies = engine.generate(prompts)
+            replies = list(engine.generate(prompts))
+            found |= measures.behaviour([evaluation.reply_row(each) for each in replies])
             samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
             files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
             self.tracker.log_texts(
                 "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
             )
         self.tracker.finish()
+        estimates = {key: bootstrap.estimate(sample) for key, sample in found.items()}
+        self.file.update(evaluation={key: asdict(each) for key, each in estimates.items()})
         metrics = self.file.content["metrics"]
         cli.note(
             f"损失：训练 {metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}，验证 {metrics['last_eval_loss']:.4f}\n"
+            f"验证困惑度：思考 {_shown(estimates['perplexity_thinking'])}，回答 {_shown(estimates['perplexity_answer'])}\n"
             f"最佳检查点：{self.file.content['best_checkpoint']}\n"
             f"损失曲线：{self.folder / tracking.PLOT_FILE}\n"
             f"运行记录：{self.folder / tracking.RUN_FILE}"
@@ -151,7 +172,7 @@ class Run:
         state = trainer.state
         losses = [entry for entry in state.log_history if "loss" in entry]
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-        tracking.plot_losses(state.log_history, self.folder / tracking.PLOT_FILE, self.folder.name)
+        plots.write(self.folder / tracking.PLOT_FILE, plots.losses({self.folder.name: state.log_history}))
         self.file.update(
             status=status,
             ended=tracking.now(),
@@ -175,6 +196,12 @@ def _ready_to_generate(model: "PreTrainedModel") -> "PreTrainedModel":
     model.activation_checkpointing_disable()
     model.config.use_cache = True
     return model
+
+
+def _shown(estimate: Estimate) -> str:
+    """A perplexity with its 95 % interval."""
+    interval = "" if estimate.low is None else f" [{estimate.low:,.2f}, {estimate.high:,.2f}]"
+    return f"{estimate.value:,.2f}{interval}"
 
 
 def _sample(record: records.Record, generation: "Generation") -> dict[str, Any]:

@@ -144,6 +144,62 @@ class LoraSettings(TrainSettings):
         self._require("target_modules", not tied, "Qwen3 的词嵌入与输出层共享权重，不能加 LoRA")
 
 
+EXAM, REPLIES, REPORT, MORE = "题目", "生成（对所有模型相同）", "报告", "更多（默认不做）"
+# The parts of an evaluation that can be chosen.
+EVAL_PARTS = ("perplexity", "answers", "choices", "safety")
+
+
+@dataclasses.dataclass
+class EvalSettings:
+    """What models are evaluated on, and where the report goes."""
+
+    data: str = setting("val.jsonl", "评估数据，格式与训练数据相同", EXAM, metavar="FILE")
+    limit: int | None = setting(None, "只用前 N 条（排除训练过的行之后）", EXAM)
+    system_prompts: str = setting(
+        "general", "系统提示词：general 通用，scenario 用记录自己的场景", EXAM, choices=("general", "scenario")
+    )
+    keep_leaked: bool = setting(False, "训练过的行也评，报告里会说明；用来看模型背下了多少", EXAM)
+    parts: str = setting(",".join(EVAL_PARTS), "做哪几项，用逗号分隔", EXAM, metavar="PARTS")
+    choices: str | None = setting(
+        None, "选择题：JSONL，每行 question、options、answer（默认用自带的 60 题）", EXAM, metavar="FILE"
+    )
+    urgency: str | None = setting(
+        None, "紧急程度题：JSONL，每行 question、emergency（默认用自带的 60 题）", EXAM, metavar="FILE"
+    )
+
+    max_tokens: int = setting(2048, "每条回复最多多少 token", REPLIES, short="-m")
+    think_budget: int | None = setting(None, "思考最多占多少 token；0 表示不思考（默认只为回答留出余地）", REPLIES)
+    temperature: float = setting(0.6, "采样温度；0 为贪心（默认值与 top-p 出自 Qwen3 的模型卡）", REPLIES)
+    top_p: float = setting(0.95, "核采样的概率和", REPLIES)
+    seed: int = setting(42, "固定采样、重抽和对照题的抽取：同样的种子，同样的报告", REPLIES)
+
+    output_dir: str = setting("eval_report", "报告写到哪个目录", REPORT, short="-o", metavar="DIR")
+    resume: bool = setting(False, "接着做：模型和设置都相同的结果不再算", REPORT)
+
+    lm_eval: str | None = setting(
+        None, "再用 lm-evaluation-harness 做这些任务，逗号分隔，如 ceval-valid_basic_medicine", MORE, metavar="TASKS"
+    )
+    judge_url: str | None = setting(None, "让裁判模型两两比较回答：OpenAI 兼容服务器的地址", MORE, metavar="URL")
+    judge_model: str | None = setting(None, "裁判模型的名字（服务器上只有一个时可以不给）", MORE, metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: a value is outside of its range.
+        """
+        require(self, "limit", self.limit is None or self.limit >= 1, "至少为 1")
+        require(self, "max_tokens", self.max_tokens >= 1, "至少为 1")
+        require(self, "seed", 0 <= self.seed < 2**32, "应在 0 与 2³²-1 之间")
+        unknown = set(self.wanted_parts) - set(EVAL_PARTS)
+        require(self, "parts", self.wanted_parts and not unknown, f"可选 {'、'.join(EVAL_PARTS)}")
+
+    @property
+    def wanted_parts(self) -> list[str]:
+        """The parts to do."""
+        return [part.strip() for part in self.parts.split(",") if part.strip()]
+
+
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 

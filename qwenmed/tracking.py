@@ -144,29 +144,3 @@ class Tracker:
 
         swanlab.finish(state=state)
         self._active = False
-
-
-def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over the steps as a PNG.
-
-    Args:
-        history: the trainer's log history.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas by hand: pyplot would keep global state and pick a screen backend.
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "validation loss", "o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.print_png(str(temporary))
-    temporary.replace(path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, demo, files, hub, records
+from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, records
 from qwenmed.errors import UserError
 from qwenmed.settings import LoraSettings, Settings, TrainSettings, load_settings, recommended
 
@@ -112,9 +112,7 @@ def open_run_folder(settings: TrainSettings, model_folder: Path, method: str) ->
 
 def default_run_name(model_folder: Path, method: str) -> str:
     """E.g. models/Qwen3-0.6B, lora → Qwen3-0.6B-lora; a checkpoint is named by its run."""
-    name = model_folder.resolve().name
-    if name.startswith("checkpoint-"):
-        name = model_folder.resolve().parent.name
+    name = checkpoints.short_name(model_folder).split("/")[0]
     return f"{name.removesuffix('-full').removesuffix('-lora')}-{method}"
 
 
@@ -159,6 +157,7 @@ def load_rows(
             "shortened": report.shortened,
             "dropped": report.dropped,
             "tokens": sum(report.lengths),
+            **({"texts": leaks.fingerprints(kept[part])} if part == "train" else {}),
         }
     return Rows(fitted["train"], fitted["val"], kept["val"], summary)
 
