@@ -45,11 +45,20 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # so that a fork is safe
     import datasets  # noqa: F401
+    import jieba
+    import jinja2  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import openai  # noqa: F401
     import peft  # noqa: F401
+    import rouge_chinese  # noqa: F401
+    import sacrebleu  # noqa: F401
     import transformers  # noqa: F401
     import trl  # noqa: F401
     from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
     from trl import SFTConfig, SFTTrainer  # noqa: F401
+
+    jieba.setLogLevel(30)
+    jieba.initialize()
 
 
 def become(request: dict) -> NoReturn:
