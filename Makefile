@@ -1,7 +1,8 @@
-# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手（CPU 即可，安装后约 3 分钟）
+# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手 → 评估（CPU 即可，安装后约 4 分钟）
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
+# make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make lint   代码检查
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
@@ -12,7 +13,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults bench-assistant lint fuzz lock audit clean
+.PHONY: demo test test-faults bench-assistant bench-eval lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -24,8 +25,12 @@ $(VENV)/.ready-dev: $(VENV)/.ready pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+$(VENV)/.ready-eval: $(VENV)/.ready pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[eval]'
+	touch $@
+
 # 在 demo_run/ 里运行，不碰你自己的 train.jsonl、models/ 和 output/。
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready-eval
 	rm -rf demo_run && mkdir demo_run
 	@echo && echo "== 阶段 1：数据 =="
 	cd demo_run && $(PY) $(ROOT)/data.py --source demo
@@ -38,8 +43,11 @@ demo: $(VENV)/.ready
 	@echo && echo "== 阶段 4：医疗助手 =="
 	cd demo_run && $(PY) $(ROOT)/medical_assistant.py -b $(ROOT)/sample_questions.json -o answers.jsonl
 	cd demo_run && $(PY) $(ROOT)/medical_assistant.py -q "$(QUESTION)" -s $(SCENARIO)
+	@echo && echo "== 阶段 5：评估（与训练之前相比）=="
+	cd demo_run && $(PY) $(ROOT)/eval.py -c output/demo-full --base demo -m 320
 	@echo
 	@echo "损失曲线：demo_run/output/demo-full/loss.png    批量回答：demo_run/answers.jsonl"
+	@echo "评估报告：demo_run/eval_report/report.html（用浏览器打开）"
 	@echo "换成真正的 Qwen3-0.6B（需要网络；建议 12 GB 以上显存，LoRA 更省）："
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python download_model.py && python data.py"
@@ -60,6 +68,10 @@ test-faults: $(VENV)/.ready-dev
 # 其中 llama.cpp 一项需要 pip install -e '.[gguf]'（没有现成的 wheel 时要编译约十分钟）。
 bench-assistant: $(VENV)/.ready-dev
 	$(PY) benchmarks/assistant.py
+
+# 需要 ../shared/data 里的真实样本。
+bench-eval: $(VENV)/.ready-dev
+	$(PY) benchmarks/evaluation.py
 
 lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

@@ -11,7 +11,6 @@
 需要 pip install -e '.[eval]'。
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def main() -> None:
     bootstrap = Bootstrap(settings.seed)
     compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
     report = {
-        "settings": dataclasses.asdict(settings),
+        "settings": {name: value for name, value in vars(settings).items() if name not in ("resume", "output_dir")},
         "rows": found,
         "models": describe(candidates),
         "warnings": [*warnings(found, compared), *notices],
@@ -266,9 +265,8 @@ def predict(
         with terminal.batch_progress(sum(map(plan.size, candidates))) as progress:
             for candidate in candidates:
                 progress.set_description(candidate.label)
-                engine = evaluation.evaluate(candidate, plan, predictions, progress)
-                notices |= dict.fromkeys([engine.notice] if engine.notice else [])
-    return predictions.rows, list(notices)
+                notices[evaluation.evaluate(candidate, plan, predictions, progress)] = None
+    return predictions.rows, [notice for notice in notices if notice]
 
 
 if __name__ == "__main__":

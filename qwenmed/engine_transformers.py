@@ -33,8 +33,8 @@ class TransformersEngine:
     """Generates replies with a loaded model.
 
     Args:
-        model: in eval mode, on its device.
-        tokenizer: the model's own.
+        model: in eval mode, on its device; kept as `model`.
+        tokenizer: the model's own; kept as `tokenizer`.
         sampling: how tokens are chosen.
         name, notice, fingerprint: as in `Engine`.
         batch_size: rows decoded together at most; fewer where memory is short.
@@ -52,7 +52,7 @@ class TransformersEngine:
         batch_size: int = BATCH_SIZE,
     ) -> None:
         self.name, self.notice, self.fingerprint = name, notice, fingerprint
-        self._model, self._tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self._sampler = _Sampler(model.generation_config, sampling)
         self._batch_size = batch_size
         configured = model.generation_config.eos_token_id
@@ -66,11 +66,11 @@ class TransformersEngine:
     @property
     def context_length(self) -> int:
         """How many tokens prompt and reply may take together."""
-        return self._model.config.max_position_embeddings
+        return self.model.config.max_position_embeddings
 
     def count_tokens(self, messages: Messages) -> int:
         """Tokens of the rendered prompt."""
-        return len(chat.render_prompt(self._tokenizer, messages))
+        return len(chat.render_prompt(self.tokenizer, messages))
 
     def stream(self, prompt: Prompt) -> Iterator[Chunk | Generation]:
         """Yield the reply's chunks as they are generated, and at the end its `Generation`.
@@ -81,8 +81,8 @@ class TransformersEngine:
             UserError: the prompt alone fills the context, or memory runs out.
         """
         row = self._row(0, prompt)
-        parser = chat.ReplyParser(self._tokenizer.decode(row.ids))
-        text = chat.TokenText(self._tokenizer)
+        parser = chat.ReplyParser(self.tokenizer.decode(row.ids))
+        text = chat.TokenText(self.tokenizer)
         try:
             batch = self._read([row], keep=True)
             while True:
@@ -90,7 +90,7 @@ class TransformersEngine:
                 yield from (Chunk(*piece) for piece in parser.feed(text.feed([token])))
                 if row.ended:
                     break
-                batch.step(self._model, [token])
+                batch.step(self.model, [token])
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
@@ -126,7 +126,7 @@ class TransformersEngine:
                     active, tokens = [active[i] for i in going], [tokens[i] for i in going]
                     batch = batch.keep(going) if going else None
                 if batch:
-                    batch.step(self._model, tokens)
+                    batch.step(self.model, tokens)
             except Exception as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -146,9 +146,9 @@ class TransformersEngine:
         return queue.take(max(1, free)) if not active or free >= max(1, size // 8) else []
 
     def _row(self, number: int, prompt: Prompt) -> "_Row":
-        ids = chat.render_prompt(self._tokenizer, prompt.messages)
+        ids = chat.render_prompt(self.tokenizer, prompt.messages)
         if prompt.think_budget == 0:
-            ids = [*ids, *chat.empty_thinking_ids(self._tokenizer)]
+            ids = [*ids, *chat.empty_thinking_ids(self.tokenizer)]
         return _Row(number, prompt, ids, reply_limit(len(ids), prompt.max_tokens, self.context_length), self)
 
     def _guide(self, row: "_Row") -> ReplyGuide:
@@ -162,8 +162,8 @@ class TransformersEngine:
         )
 
     def _parse(self, row: "_Row") -> chat.Reply:
-        text = chat.TokenText(self._tokenizer)
-        return chat.parse_reply(self._tokenizer.decode(row.ids), text.feed(row.guide.ids) + text.close())
+        text = chat.TokenText(self.tokenizer)
+        return chat.parse_reply(self.tokenizer.decode(row.ids), text.feed(row.guide.ids) + text.close())
 
     def _read(self, rows: Sequence["_Row"], keep: bool = False) -> "Batch":
         """Prefill rows that share their system prompt; `keep` remembers the only row's whole prompt too."""
@@ -173,10 +173,10 @@ class TransformersEngine:
         shared = self._system_length(ids)
         length, states = self._prefixes.longest(ids[: len(ids) - 1 if keep else shared])
         if shared and length < shared:
-            part = prefill(self._model, [ids[:shared]], states, length)
+            part = prefill(self.model, [ids[:shared]], states, length)
             length, states = shared, part.keys_values(0, shared)
             self._prefixes.add(ids[:shared], states)
-        batch = prefill(self._model, [row.ids for row in rows], states, length)
+        batch = prefill(self.model, [row.ids for row in rows], states, length)
         if keep:
             self._prefixes.add(ids, batch.keys_values(0, len(ids)))
         return batch
@@ -202,9 +202,9 @@ class TransformersEngine:
         from qwenmed.decoding import bytes_per_token
         from qwenmed.hardware import free_memory
 
-        per_row = bytes_per_token(self._model) * max(len(row.ids) + row.limit for row in rows)
-        running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self._model)
-        return max(1, int((free_memory(self._model.device) * MEMORY_SHARE + running) / per_row))
+        per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in rows)
+        running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self.model)
+        return max(1, int((free_memory(self.model.device) * MEMORY_SHARE + running) / per_row))
 
 
 class _Queue:
@@ -256,7 +256,7 @@ class _Row:
     def __init__(self, number: int, prompt: Prompt, ids: list[int], limit: int, engine: TransformersEngine) -> None:
         self.number, self.prompt, self.ids, self.limit = number, prompt, ids, limit
         self.guide = engine._guide(self)
-        self.generator = engine._sampler.generator(engine._model.device)
+        self.generator = engine._sampler.generator(engine.model.device)
         self._started = time.perf_counter()
 
     @property

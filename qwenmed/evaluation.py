@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from qwenmed import (
     answers,
@@ -29,12 +29,10 @@ from qwenmed import (
 )
 from qwenmed.batch import Answered
 from qwenmed.engine import Engine, Generation, Prompt
+from qwenmed.engine_transformers import BATCH_SIZE, TransformersEngine
 from qwenmed.errors import UserError
 from qwenmed.records import Record
 from qwenmed.settings import fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The kinds of rows of predictions.jsonl; the letters belong to the part "choices".
 PERPLEXITY, LETTERS, ANSWERS, CHOICES, SAFETY = "perplexity", "letters", "answers", "choices", "safety"
@@ -152,8 +150,10 @@ class Predictions:
         self.rows.append(row)
 
 
-def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progress: Any) -> Engine:
-    """Put everything to one model; returns what answered.
+def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progress: Any) -> str:
+    """Put everything to one model; returns the notice that it wants shown with its answers.
+
+    The model is let go at the end: two of them may not fit beside each other.
 
     Raises:
         UserError: the model can't be loaded or asked.
@@ -161,64 +161,70 @@ def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progres
     if candidate.checkpoint is None:
         engine = engines.open_engine(candidate.settings, for_batch=True)
     else:
-        model, tokenizer = _load(candidate)
-        _score(candidate, plan, model, tokenizer, predictions, progress)
-        for row in lm_tasks.run(model, tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
+        engine = _load(candidate)
+        if PERPLEXITY in plan.parts:
+            _score_references(candidate, plan, engine, predictions, progress)
+        if CHOICES in plan.parts:
+            _score_letters(candidate, plan, engine, predictions, progress)
+        for row in lm_tasks.run(engine.model, engine.tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
             predictions.add({"model": candidate.label, "part": LM_TASKS, **row})
-        dtype = engines.generation_dtype(candidate.settings, model.device, candidate.checkpoint, len(plan.items))
-        engine = engines.engine_of(candidate.settings, candidate.checkpoint, model.to(dtype), tokenizer)
+        engine = _for_generation(candidate, engine)
     _answer(candidate, plan, engine, predictions, progress)
-    return engine
+    return engine.notice
 
 
-def _load(candidate: Candidate) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _load(candidate: Candidate) -> TransformersEngine:
+    """The model in fp32, for likelihoods."""
     import torch
 
     device = hardware.pick_device(candidate.settings.device)
     cli.note(f"{candidate.label}：{candidate.checkpoint.kind} {candidate.checkpoint.path}（{device.type}）")
     model, tokenizer = checkpoints.load(candidate.checkpoint, torch.float32)
     chat.check_template(tokenizer)
-    return model.to(device), tokenizer
+    return engines.engine_of(candidate.settings, candidate.checkpoint, model.to(device), tokenizer)
 
 
-def _score(
-    candidate: Candidate,
-    plan: Plan,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    predictions: Predictions,
-    progress: Any,
+def _for_generation(candidate: Candidate, engine: TransformersEngine) -> TransformersEngine:
+    """The same model in the type that it generates in."""
+    dtype = engines.generation_dtype(candidate.settings, engine.model.device, candidate.checkpoint, BATCH_SIZE)
+    return engines.engine_of(candidate.settings, candidate.checkpoint, engine.model.to(dtype), engine.tokenizer)
+
+
+def _score_references(
+    candidate: Candidate, plan: Plan, engine: TransformersEngine, predictions: Predictions, progress: Any
 ) -> None:
-    """Likelihoods of reference replies and of option letters."""
-    engine = engines.engine_of(candidate.settings, candidate.checkpoint, model, tokenizer)  # for its fingerprint
-    if PERPLEXITY in plan.parts:
-        waiting, marked = [], []
-        for item in plan.items:
-            row = _row(candidate, PERPLEXITY, item.id, item.record.question, item.scenario, [engine.fingerprint])
-            text = scoring.reference(tokenizer, chat.training_row(item.record, item.system))
-            row["token_ids"] = fingerprint(list(text.ids))
-            if known := predictions.known(row):
-                predictions.add(known)
-            elif len(text.ids) > engine.context_length:
-                too_long = f"{len(text.ids)} 个 token，超过模型的上下文 {engine.context_length}"
-                predictions.add({**row, "error": too_long})
-            else:
-                waiting.append(row)
-                marked.append(text)
-                continue
-            progress.update()
-        for row, score in zip(waiting, scoring.score_references(model, marked), strict=True):
-            predictions.add({**row, **dataclasses.asdict(score)})
-            progress.update()
-    if CHOICES in plan.parts:
-        for choice in plan.choices:
-            row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, [engine.fingerprint, plan.system])
-            row |= {"correct": choice.answer}
-            known = predictions.known(row)
-            if known is None:
-                chosen = choices.likeliest_letter(model, tokenizer, choice, plan.system)
-            predictions.add(known or {**row, "chosen": chosen})
-            progress.update()
+    waiting, references = [], []
+    for item in plan.items:
+        text = scoring.reference(engine.tokenizer, chat.training_row(item.record, item.system))
+        ids = fingerprint(list(text.ids))
+        row = _row(candidate, PERPLEXITY, item.id, item.record.question, item.scenario, [engine.fingerprint, ids])
+        row["token_ids"] = ids
+        if known := predictions.known(row):
+            predictions.add(known)
+        elif len(text.ids) > engine.context_length:
+            too_long = f"{len(text.ids)} 个 token，超过模型的上下文 {engine.context_length}"
+            predictions.add({**row, "error": too_long})
+        else:
+            waiting.append(row)
+            references.append(text)
+            continue
+        progress.update()
+    for row, score in zip(waiting, scoring.score_references(engine.model, references), strict=True):
+        predictions.add({**row, **dataclasses.asdict(score)})
+        progress.update()
+
+
+def _score_letters(
+    candidate: Candidate, plan: Plan, engine: TransformersEngine, predictions: Predictions, progress: Any
+) -> None:
+    for choice in plan.choices:
+        key = [engine.fingerprint, plan.system, choice.answer]
+        row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, key)
+        known = predictions.known(row)
+        if known is None:
+            chosen = choices.likeliest_letter(engine.model, engine.tokenizer, choice, plan.system)
+        predictions.add(known or {**row, "correct": choice.answer, "chosen": chosen})
+        progress.update()
 
 
 def _answer(candidate: Candidate, plan: Plan, engine: Engine, predictions: Predictions, progress: Any) -> None:
@@ -249,12 +255,15 @@ def _questions(
     settings = [engine.fingerprint, plan.max_tokens, plan.think_budget]
     if ANSWERS in plan.parts:
         for item in plan.items:
-            row = _row(candidate, ANSWERS, item.id, item.record.question, item.scenario, [*settings, item.system])
             references = {"reference": item.record.answer, "reference_thinking": item.record.think}
+            key = [*settings, item.system, references]
+            row = _row(candidate, ANSWERS, item.id, item.record.question, item.scenario, key)
             yield {**row, **references}, chat.user_messages(item.record.question, item.system)
     if CHOICES in plan.parts:
         for choice in plan.choices:
-            row = _row(candidate, CHOICES, choice.id, choice.text, choice.scenario, [*settings, plan.system])
+            row = _row(
+                candidate, CHOICES, choice.id, choice.text, choice.scenario, [*settings, plan.system, choice.answer]
+            )
             yield (
                 {**row, "correct": choice.answer, "letters": "".join(choice.options)},
                 chat.user_messages(choice.text, plan.system),

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 TOKENS_TOGETHER = 4096
 # Sequences among which those of like length are put together.
 WINDOW = 64
-# Rows of logits that exist at one time: 150 MB at Qwen3's vocabulary in fp32.
-LOGIT_ROWS = 256
+# Rows of logits that exist at one time: on a GPU 600 MB at Qwen3's vocabulary in fp32.
+LOGIT_ROWS = 1024
+# On a CPU so many words at a time, which fit its cache; their sums are put together as in cut cross-entropy
+# (Wijmans et al., 2024, arXiv:2411.09009). Twice as fast as whole rows here, and 4 MB instead of 600.
+CPU_WORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,17 @@ def _losses(model: "PreTrainedModel", group: Sequence[Marked]) -> list[list[floa
 
 
 def _token_losses(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+    """Negative log-likelihoods of targets, (rows,), of the hidden states before them, (rows, width)."""
+    import torch
     from torch.nn import functional
 
-    logits = functional.linear(hidden.to(weight.dtype), weight).float()
-    return functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    hidden = hidden.to(weight.dtype)
+    total = torch.full(hidden.shape[:1], -torch.inf, dtype=torch.float64, device=hidden.device)
+    for part in weight.split(CPU_WORDS if weight.device.type == "cpu" else len(weight)):
+        logits = functional.linear(hidden, part).float()
+        total = torch.logaddexp(total, torch.logsumexp(logits, dim=-1).double())
+    own = (hidden.float() * weight[targets.to(weight.device)].float()).sum(dim=-1)
+    return total - own
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

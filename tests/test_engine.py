@@ -296,14 +296,14 @@ def test_number_type_is_told_for_a_large_model_and_fp32_for_a_small_one(demo_mod
     from qwenmed import engines, hardware
 
     settings = engines.EngineSettings(checkpoint=str(demo_model), device="cpu")
-    assert engines.open_engine(settings)._model.dtype == torch.float32
+    assert engines.open_engine(settings).model.dtype == torch.float32
     assert "数值类型" not in capsys.readouterr().err
     monkeypatch.setattr(hardware, "SMALL_MODEL", 0)
     monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda rows, *sizes: (torch.bfloat16, 2.0 if rows == 1 else 1.5))
-    assert engines.open_engine(settings)._model.dtype == torch.bfloat16
+    assert engines.open_engine(settings).model.dtype == torch.bfloat16
     assert "bf16" in (told := capsys.readouterr().err) and "2.0 倍" in told and "--dtype" in told
     fixed = engines.EngineSettings(checkpoint=str(demo_model), device="cpu", dtype="fp32")
-    assert engines.open_engine(fixed, for_batch=True)._model.dtype == torch.float32
+    assert engines.open_engine(fixed, for_batch=True).model.dtype == torch.float32
 
 
 def test_readme_shows_the_measured_figures():
