@@ -8,6 +8,7 @@ import pytest
 from chat_server import ChatServer, say
 from conftest import assert_user_error, run_script
 
+from qwenmed import report as reports
 from qwenmed.bootstrap import BETTER, FEWEST, NO_DIFFERENCE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,6 +59,19 @@ def before_and_after(workplace):
     return done, workplace / "seen"
 
 
+@pytest.fixture
+def serve():
+    running = []
+
+    def start(answer):
+        running.append(ChatServer(answer))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
 def by_key(report):
     return {measure["key"]: measure for measure in report["measures"]}
 
@@ -106,19 +120,29 @@ def test_run_with_all_predictions_there_gives_the_same_report_to_the_byte(before
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_killed_run_goes_on_from_its_predictions(before_and_after, workplace, tmp_path):
+def test_killed_run_goes_on_from_its_predictions_and_a_biased_judge_decides_nothing(
+    before_and_after, workplace, serve
+):
     _, folder = before_and_after
     cut = workplace / "cut"
     cut.mkdir()
     data = (folder / "predictions.jsonl").read_bytes()
     (cut / "predictions.jsonl.partial").write_bytes(data[: len(data) * 2 // 3])  # in the middle of a line
+    server = serve(say({"content": "两段都不错。\n结论：一"}))
     arguments = ["-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "cut"]
     assert_user_error(evaluate(workplace, *arguments), "--resume")
-    done = evaluate(workplace, *arguments, "--resume")
+    done = evaluate(workplace, *arguments, "--resume", "--judge-url", server.url)
     assert done.status == 0, done.err
-    keep = lambda folder: [m for m in read_report(folder)["measures"] if m["key"] != "speed"]  # noqa: E731
-    assert keep(cut) == keep(folder)
+    timed = lambda folder: [m for m in read_report(folder)["measures"] if m["key"] != "speed"]  # noqa: E731
+    assert timed(cut) == timed(folder)
     assert (cut / "predictions.jsonl").exists() and not list(cut.glob("*.partial"))
+
+    judge = read_report(cut)["judge"]
+    (result,) = judge["results"]
+    assert (result["wins"], result["ties"], result["losses"]) == (0, 8, 0) and len(server.asked) == 16
+    assert result["first"]["value"] == 1 and result["net"]["verdict"] == NO_DIFFERENCE
+    assert "结论：平" in judge["prompt"] and "裁判的提示词" in (cut / "report.html").read_text(encoding="utf-8")
+    assert not any("<think>" in message["content"] for body in server.asked for message in body["messages"])
 
 
 def test_rows_that_were_trained_on_are_left_out(workplace):
@@ -152,19 +176,6 @@ def test_row_beyond_the_context_is_counted_and_shown_not_cut(workplace):
     assert "1 条不可比" in (workplace / "long" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def serve():
-    running = []
-
-    def start(answer):
-        running.append(ChatServer(answer))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
-
-
 def test_server_that_says_one_token_is_evaluated_without_likelihoods(serve, workplace):
     server = serve(say({"content": "的"}))
     write_rows(
@@ -191,22 +202,6 @@ def test_server_that_says_nothing_is_evaluated(serve, workplace):
     found = by_key(read_report(workplace / "silent"))
     assert found["has_answer"]["estimates"][server.url]["value"] == 0
     assert found["rouge-l"]["estimates"][server.url] == {"value": 0.0, "low": None, "high": None, "rows": 1}
-
-
-def test_judge_that_prefers_whatever_comes_first_decides_nothing(serve, before_and_after, workplace):
-    folder = shutil.copytree(before_and_after[1], workplace / "judged")
-    server = serve(say({"content": "两段都不错。\n结论：一"}))
-    done = evaluate(
-        workplace, "-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "judged",
-        "--resume", "--judge-url", server.url,
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    judge = read_report(folder)["judge"]
-    (result,) = judge["results"]
-    assert (result["wins"], result["ties"], result["losses"]) == (0, 8, 0) and len(server.asked) == 16
-    assert result["first"]["value"] == 1 and result["net"]["verdict"] == NO_DIFFERENCE
-    assert "结论：平" in judge["prompt"] and "裁判的提示词" in (folder / "report.html").read_text(encoding="utf-8")
-    assert not any("<think>" in message["content"] for body in server.asked for message in body["messages"])
 
 
 @pytest.mark.parametrize(
@@ -271,16 +266,13 @@ def test_report_is_readable_in_a_browser_on_a_desk_and_on_a_telephone(before_and
         browser.close()
 
 
-def test_hostile_text_stays_text_in_the_report(workplace, serve):
-    server = serve(say({"content": "<script>alert(1)</script><img src=x onerror=alert(2)>"}))
-    write_rows(
-        workplace / "evil.jsonl", [{"question": "<b>问</b>？", "think": "", "answer": "</div><script>3</script>"}]
-    )
-    done = evaluate(
-        workplace, "--engine", "openai", "--base-url", server.url, "--data", "evil.jsonl", "--parts", "answers",
-        "-o", "evil",
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    page = (workplace / "evil" / "report.html").read_text(encoding="utf-8")
-    assert "<script>alert(1)" not in page and "onerror=alert(2)>" not in page and "<b>问</b>" not in page
-    assert "&lt;script&gt;alert(1)" in page
+def test_hostile_text_stays_text_in_the_report(before_and_after):
+    report = read_report(before_and_after[1])
+    evil = "</div><script>alert(1)</script><img src=x onerror=alert(2)>"
+    for example in report["examples"]:
+        example.update(question=evil, reference=evil, reference_thinking=evil)
+        for reply in example["replies"].values():
+            reply.update(thinking=evil, answer=evil)
+    report["models"][0].update(kind=evil, training=evil)
+    page = reports.render(report, {})
+    assert "alert(1)</script>" not in page and "<img src=x" not in page and "&lt;script&gt;alert(1)" in page

@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+from fakes import Instant
 
-from qwenmed import checkpoints, comparison, leaks, measures, triage
-from qwenmed.bootstrap import NO_DIFFERENCE, Bootstrap
+from qwenmed import chat, checkpoints, comparison, judge, leaks, measures, triage
+from qwenmed.bootstrap import BETTER, NO_DIFFERENCE, Bootstrap
+from qwenmed.engine import Generation
 from qwenmed.evaluation import ANSWERS, CHOICES, PERPLEXITY, SAFETY, UrgencyQuestion
 from qwenmed.records import Record
 
@@ -183,3 +185,30 @@ def test_runs_behind_a_run_are_followed(tmp_path, demo_model):
     assert leaks.trained_on(checkpoints.describe(second)).texts == {"1" * 16, "2" * 16}
     (second.parent / "run.json").write_text(json.dumps({"base_model": str(second)}), encoding="utf-8")  # no end to it
     assert leaks.trained_on(checkpoints.describe(second)).unknown == [second.parent / "run.json"]
+
+
+class Judge(Instant):
+    """Prefers the answer that holds a word, wherever it stands."""
+
+    def generate(self, prompts):
+        for prompt in prompts:
+            text = prompt.messages[-1]["content"]
+            first, second = text.index("【回答一】"), text.index("【回答二】")
+            good = text.index("好")
+            conclusion = "一" if first < good < second else "二"
+            yield Generation(chat.Reply("", f"理由。\n结论：{conclusion}"), "stop", 1, 0, 5, 0.1)
+
+
+def test_judge_that_reads_is_believed():
+    baseline = [prediction("a", str(i), answer="坏") for i in range(8)]
+    better = [prediction("b", str(i), answer="好") for i in range(8)]
+    (result,) = judge.judge(Judge(), baseline, {"b": better}, Bootstrap(0))["results"]
+    assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (8, 0, 0, 0)
+    assert result["net"]["verdict"] == BETTER and result["first"]["value"] == 0.5
+
+
+def test_judge_without_a_conclusion_decides_nothing():
+    rows = [prediction("a", str(i)) for i in range(8)]
+    (result,) = judge.judge(Instant("说不好。"), rows, {"b": rows}, Bootstrap(0))["results"]
+    assert (result["wins"], result["ties"], result["unclear"]) == (0, 8, 16)
+    assert result["net"]["verdict"] == NO_DIFFERENCE
