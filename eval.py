@@ -170,6 +170,8 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
     if not kept:
         remedy = "请换一份没有训练过的数据；只想看背下了多少，可加 --keep-leaked"
         raise UserError(f"{len(every)} 行都在这些模型的训练数据里", path, remedy)
+    fate = "保留" if settings.keep_leaked else "排除"
+    cli.note(f"{path}：{len(every)} 条记录，{fate}训练过的 {len(leaked)} 条，评估 {len(kept[: settings.limit])} 条")
     items = []
     for number, record in enumerate(kept[: settings.limit], 1):
         system = records.system_prompts(record, GENERAL_PROMPT, MEDICAL_PROMPTS, settings.system_prompts)[0]
@@ -264,7 +266,7 @@ def predict(
         predictions = evaluation.Predictions(file, answered)
         with terminal.batch_progress(sum(map(plan.size, candidates))) as progress:
             for candidate in candidates:
-                progress.set_description(candidate.label)
+                progress.set_description(candidate.label, refresh=False)
                 notices[evaluation.evaluate(candidate, plan, predictions, progress)] = None
     return predictions.rows, [notice for notice in notices if notice]
 

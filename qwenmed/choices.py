@@ -7,7 +7,7 @@ measures what it knows, the second also whether its thinking helps or leads it a
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,13 +110,14 @@ def parse_choice(answer: str, letters: Sequence[str]) -> str | None:
     return alone[1] if alone and alone[1] in letters else None
 
 
-def likeliest_letter(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", choice: Choice, system: str
-) -> str:
-    """The letter that the model finds most likely behind an empty thinking and `答案：`."""
-    sequences = [_with_letter(tokenizer, choice, letter, system) for letter in choice.options]
-    losses = [span for span, *_ in summed_losses(model, sequences)]
-    return min(zip(losses, choice.options, strict=True))[1]
+def likeliest_letters(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", choices: Sequence[Choice], system: str
+) -> Iterator[str]:
+    """For each question the letter that the model finds most likely behind an empty thinking and `答案：`."""
+    sequences = (_with_letter(tokenizer, each, letter, system) for each in choices for letter in each.options)
+    losses = (loss for loss, *_ in summed_losses(model, sequences))
+    for each in choices:
+        yield min([(next(losses), letter) for letter in each.options])[1]
 
 
 def _with_letter(tokenizer: "PreTrainedTokenizerBase", choice: Choice, letter: str, system: str) -> Marked:

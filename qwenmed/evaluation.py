@@ -7,7 +7,6 @@ model and settings, is not computed again.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +157,7 @@ def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progres
     Raises:
         UserError: the model can't be loaded or asked.
     """
+    progress.clear()  # what is said while loading gets lines of its own
     if candidate.checkpoint is None:
         engine = engines.open_engine(candidate.settings, for_batch=True)
     else:
@@ -168,6 +168,7 @@ def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progres
             _score_letters(candidate, plan, engine, predictions, progress)
         for row in lm_tasks.run(engine.model, engine.tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
             predictions.add({"model": candidate.label, "part": LM_TASKS, **row})
+        progress.clear()
         engine = _for_generation(candidate, engine)
     _answer(candidate, plan, engine, predictions, progress)
     return engine.notice
@@ -217,13 +218,19 @@ def _score_references(
 def _score_letters(
     candidate: Candidate, plan: Plan, engine: TransformersEngine, predictions: Predictions, progress: Any
 ) -> None:
+    waiting = []
     for choice in plan.choices:
         key = [engine.fingerprint, plan.system, choice.answer]
-        row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, key)
-        known = predictions.known(row)
-        if known is None:
-            chosen = choices.likeliest_letter(engine.model, engine.tokenizer, choice, plan.system)
-        predictions.add(known or {**row, "correct": choice.answer, "chosen": chosen})
+        row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, key) | {"correct": choice.answer}
+        if known := predictions.known(row):
+            predictions.add(known)
+            progress.update()
+        else:
+            waiting.append((row, choice))
+    asked = [choice for _, choice in waiting]
+    letters = choices.likeliest_letters(engine.model, engine.tokenizer, asked, plan.system)
+    for (row, _), chosen in zip(waiting, letters, strict=True):
+        predictions.add({**row, "chosen": chosen})
         progress.update()
 
 
@@ -236,17 +243,13 @@ def _answer(candidate: Candidate, plan: Plan, engine: Engine, predictions: Predi
             asked.append(row)
             yield predictions.known(row) or Prompt(messages, plan.max_tokens, plan.think_budget)
 
-    before = time.perf_counter()
-    for number, result in enumerate(engine.generate(prompts())):
-        row, now = asked[number], time.perf_counter()
+    for result, row in zip(engine.generate(prompts()), asked, strict=True):  # in this order: asking fills the list
         if isinstance(result, Generation):
-            # The wall time since the result before: their sum is the time that generating took.
-            result = {**row, **_generated(row, result, plan, engine), "wall": round(now - before, 4)}
+            result = {**row, **_generated(row, result, plan, engine)}
         elif isinstance(result, UserError):
             result = {**row, "error": str(result)}
         predictions.add(result)
         progress.update()
-        before = now
 
 
 def _questions(

@@ -69,7 +69,7 @@ MEASURES = (
     Measure("thinking_tokens", "思考长度", ANSWERS, None, "每条回复的思考平均有多少 token（含两个标签）。"),
     Measure("answer_tokens", "回答长度", ANSWERS, None, "每条回复的回答平均有多少 token。"),
     Measure("speed", "生成速度", ANSWERS, None,
-        "一起生成全部回复时每秒的 token 数（思考与回答）；随机器和负载而变，只作参考。"),
+        "许多回复一起生成时，一条回复每秒前进的 token 数：token 总数除以各条耗时之和；随机器和负载而变，只作参考。"),
     Measure("choice_letters", "选择题 · 似然", LETTERS, HIGHER,
         "空思考之后，把“答案：字母”里似然最高的字母当作选择，选对的题所占的比例。", "%"),
     Measure("choice_generation", "选择题 · 生成", CHOICES, HIGHER,
@@ -124,15 +124,8 @@ def _of_answers(rows: Sequence[Row]) -> dict[str, Sample]:
     return {
         **text_samples([row["answer"] for row in rows], [row["reference"] for row in rows]),
         **behaviour(rows),
-        "speed": _speed(rows),
+        "speed": _of(rows, lambda row: (row["thinking_tokens"] + row["answer_tokens"], row["seconds"])),
     }
-
-
-def _speed(rows: Sequence[Row]) -> Sample:
-    """Tokens, and of the wall time that all took together each row's part by how long it ran beside the others."""
-    seconds, wall = sum(row["seconds"] for row in rows), sum(row["wall"] for row in rows)
-    part = wall / seconds if seconds else 0.0
-    return _of(rows, lambda row: (row["thinking_tokens"] + row["answer_tokens"], row["seconds"] * part))
 
 
 def behaviour(rows: Sequence[Row]) -> dict[str, Sample]:

@@ -85,7 +85,7 @@ def scenario_bars(by_scenario: Mapping[str, Mapping[str, Mapping[str, Any]]], la
         axes.invert_yaxis()
         axes.set(xlabel=label)
         axes.grid(alpha=0.3, axis="x")
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside upper left", ncols=len(models), fontsize=8)
         return _png(figure)
 
 

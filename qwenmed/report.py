@@ -99,7 +99,7 @@ def figure(value: float | None, unit: str, signed: bool = False) -> str:
         return "—"
     value = value * 100 if unit == "%" else value
     size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 100 or unit == "%" else 2 if size >= 0.1 else 4
+    digits = 0 if size >= 1000 else 1 if size >= 100 or unit == "%" else 2 if size >= 0.1 or not size else 4
     text = f"{value:+,.{digits}f}" if signed else f"{value:,.{digits}f}"
     return f"{text.replace('-', '−')}{'pp' if signed and unit == '%' else unit}"
 

@@ -81,14 +81,16 @@ def test_likeliest_letter_is_that_of_a_plain_computation(demo_model, tokenizer, 
     import torch
 
     model = checkpoints.load_base(demo_model, torch.float32).eval()
-    for each in choices.read_choices(written(tmp_path, GOOD, {**GOOD, "question": "哪个不是？"})):
+    found = choices.read_choices(written(tmp_path, GOOD, {**GOOD, "question": "哪个不是？"}))
+    likeliest = list(choices.likeliest_letters(model, tokenizer, found, "系统"))
+    for each, chosen in zip(found, likeliest, strict=True):
         prompt = chat.render_prompt(tokenizer, chat.user_messages(each.text, "系统"))
         prompt += chat.empty_thinking_ids(tokenizer)
         losses = {}
         for letter in each.options:
             ids = prompt + tokenizer(f"答案：{letter}", add_special_tokens=False)["input_ids"]
             losses[letter] = plain(model, ids, range(len(prompt), len(ids)))
-        assert choices.likeliest_letter(model, tokenizer, each, "系统") == min(losses, key=losses.get)
+        assert chosen == min(losses, key=losses.get)
 
 
 def test_bundled_questions_cover_every_scenario_and_no_letter_is_favoured():

@@ -120,9 +120,7 @@ def test_run_with_all_predictions_there_gives_the_same_report_to_the_byte(before
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_killed_run_goes_on_from_its_predictions_and_a_biased_judge_decides_nothing(
-    before_and_after, workplace, serve
-):
+def test_killed_run_goes_on_from_its_predictions_and_a_biased_judge_decides_nothing(before_and_after, workplace, serve):
     _, folder = before_and_after
     cut = workplace / "cut"
     cut.mkdir()
