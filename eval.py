@@ -48,8 +48,8 @@ GGUF = ".gguf"
 PER_MODEL = ("checkpoint", "engine", "temperature", "top_p", "seed", "think_budget")
 
 
-def main() -> None:
-    """Evaluate, step by step."""
+def main() -> int:
+    """Evaluate, step by step; exit status 3 if a model could not take some row."""
     settings, candidates = read_command_line()
     check_installed(settings)
     folder = open_folder(settings)
@@ -77,6 +77,12 @@ def main() -> None:
     reports.write(folder, report, loss_histories(candidates), compared.lengths())
     print(reports.as_text(report))
     cli.note(f"报告：{folder / reports.REPORT_HTML}（用浏览器打开）")
+    left_out = sum(len(part["left_out"]) for part in report["parts"].values())
+    if left_out:
+        cli.note(
+            f"{left_out} 个结果没有得到（太长，或引擎失败），对所有模型排除；原因见 {reports.REPORT_JSON} 的 parts"
+        )
+    return cli.EXIT_SOME_ROWS_FAILED if left_out else cli.EXIT_OK
 
 
 def read_command_line() -> tuple[EvalSettings, list[Candidate]]:
@@ -265,9 +271,16 @@ def predict(
     with batch.results_file(folder / reports.PREDICTIONS, settings.resume) as (file, answered):
         predictions = evaluation.Predictions(file, answered)
         with terminal.batch_progress(sum(map(plan.size, candidates))) as progress:
-            for candidate in candidates:
-                progress.set_description(candidate.label, refresh=False)
-                notices[evaluation.evaluate(candidate, plan, predictions, progress)] = None
+            try:
+                for candidate in candidates:
+                    progress.set_description(candidate.label, refresh=False)
+                    notices[evaluation.evaluate(candidate, plan, predictions, progress)] = None
+            except BaseException:
+                progress.close()
+                cli.note(
+                    f"中断前的 {progress.n} 个结果都在 {folder / reports.PREDICTIONS}.partial；加上 --resume 接着做"
+                )
+                raise
     return predictions.rows, [notice for notice in notices if notice]
 
 
