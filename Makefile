@@ -1,4 +1,4 @@
-# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手 → 评估（CPU 即可，安装后约 4 分钟）
+# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手 → 评估（CPU 即可，安装后约 5 分半）
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
