@@ -41,7 +41,7 @@ from qwenmed.engine import Sampling
 from qwenmed.engines import EngineSettings
 from qwenmed.errors import UserError
 from qwenmed.evaluation import Candidate, Item, Plan
-from qwenmed.settings import EvalSettings
+from qwenmed.settings import EvalSettings, listed
 
 GGUF = ".gguf"
 # The options of EngineSettings that mean one model; EvalSettings has those that hold for all of them.
@@ -57,12 +57,13 @@ def main() -> int:
     plan = make_plan(settings, items)
     predictions, notices = predict(folder, candidates, plan, settings)
 
+    runs = {each.label: leaks.run_of(each.checkpoint.path)[1] if each.checkpoint else {} for each in candidates}
     bootstrap = Bootstrap(settings.seed)
     compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
     report = {
         "settings": {name: value for name, value in vars(settings).items() if name not in ("resume", "output_dir")},
         "rows": found,
-        "models": describe(candidates),
+        "models": describe(candidates, runs),
         "warnings": [*warnings(found, compared), *notices],
         "measures": compared.measures(),
         "parts": compared.parts(),
@@ -74,7 +75,8 @@ def main() -> int:
         "statistics": {"resamples": RESAMPLES, "fewest": FEWEST},
         "versions": tracking.library_versions(),
     }
-    reports.write(folder, report, loss_histories(candidates), compared.lengths())
+    histories = {label: run["log_history"] for label, run in runs.items() if run.get("log_history")}
+    reports.write(folder, report, histories, compared.lengths())
     print(reports.as_text(report))
     cli.note(f"报告：{folder / reports.REPORT_HTML}（用浏览器打开）")
     left_out = sum(len(part["left_out"]) for part in report["parts"].values())
@@ -171,8 +173,9 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
     every = records.read_clean_records(path)
     trained = {each.label: leaks.trained_on(each.checkpoint) for each in candidates if each.checkpoint}
     seen = set().union(*(each.texts for each in trained.values()))
-    leaked = [record for record in every if leaks.record_fingerprints(record) & seen]
-    kept = [record for record in every if settings.keep_leaked or not leaks.record_fingerprints(record) & seen]
+    leaked = [record.place for record in every if leaks.record_fingerprints(record) & seen]
+    excluded = set() if settings.keep_leaked else set(leaked)
+    kept = [record for record in every if record.place not in excluded]
     if not kept:
         remedy = "请换一份没有训练过的数据；只想看背下了多少，可加 --keep-leaked"
         raise UserError(f"{len(every)} 行都在这些模型的训练数据里", path, remedy)
@@ -186,7 +189,7 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
         "file": str(path),
         "sha256": files.sha256(path) if path.is_file() else None,
         "records": len(every),
-        "leaked": [record.place for record in leaked],
+        "leaked": leaked,
         "kept_leaked": settings.keep_leaked,
         "unknown_training": [str(file) for each in trained.values() for file in each.unknown],
         "evaluated": len(items),
@@ -211,27 +214,21 @@ def make_plan(settings: EvalSettings, items: Sequence[Item]) -> Plan:
         safety_system=MEDICAL_PROMPTS[DEFAULT_SCENARIO],
         max_tokens=settings.max_tokens,
         think_budget=settings.think_budget,
-        lm_tasks=[task.strip() for task in (settings.lm_eval or "").split(",") if task.strip()],
+        lm_tasks=listed(settings.lm_eval),
     )
 
 
-def describe(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+def describe(candidates: Sequence[Candidate], runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What each model is, and how it was trained where that is known."""
     found = []
     for each in candidates:
         kind = each.checkpoint.kind if each.checkpoint else f"{each.settings.engine} 引擎，只看得到回复"
-        run = leaks.run_of(each.checkpoint.path)[1] if each.checkpoint else {}
+        run = runs[each.label]
         training = (
             f"{run['method']} 微调 {run.get('steps')} 步，起点 {run.get('base_model')}" if "method" in run else ""
         )
         found.append({"label": each.label, "kind": kind, "training": training})
     return found
-
-
-def loss_histories(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """The loss histories of the runs that made the models."""
-    runs = {each.label: leaks.run_of(each.checkpoint.path)[1] for each in candidates if each.checkpoint}
-    return {label: run["log_history"] for label, run in runs.items() if run.get("log_history")}
 
 
 def warnings(found: dict[str, Any], compared: comparison.Comparison) -> list[str]:

@@ -12,10 +12,10 @@ sign test cannot reach 5 % (2 · 0.5^5 = 6 %).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,10 @@ class Sample:
     def value(self) -> float:
         """The figure itself."""
         return float(self.combine(self.columns.sum(axis=0)))
+
+    def of(self, rows: Sequence[int]) -> "Sample":
+        """The same measure of some of the rows."""
+        return Sample(self.columns[list(rows)], self.combine, self.share)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,28 @@ def exp_ratio(sums: "np.ndarray") -> "np.ndarray":
 
     with np.errstate(over="ignore"):
         return np.exp(ratio(sums))
+
+
+def ratio_sample(
+    pairs: Iterable[tuple[float, float]], combine: "Callable[[np.ndarray], np.ndarray]" = ratio, share: bool = False
+) -> Sample:
+    """A figure made of two numbers of each row."""
+    import numpy as np
+
+    return Sample(np.array(list(pairs), dtype=float).reshape(-1, 2), combine, share)
+
+
+def share_sample(hits: Iterable[bool]) -> Sample:
+    """The share of rows that are hits."""
+    return ratio_sample(((float(hit), 1.0) for hit in hits), share=True)
+
+
+def plain(figure: Estimate | Difference) -> dict[str, Any]:
+    """For JSON, which knows no NaN: None in its place. Eight digits are more than any figure means."""
+    return {
+        name: (float(f"{value:.8g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+        for name, value in asdict(figure).items()
+    }
 
 
 def _outer_tail(rows: int) -> float:

@@ -7,7 +7,7 @@ model and settings, is not computed again.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,11 +31,13 @@ from qwenmed.engine import Engine, Generation, Prompt
 from qwenmed.engine_transformers import BATCH_SIZE, TransformersEngine
 from qwenmed.errors import UserError
 from qwenmed.records import Record
-from qwenmed.settings import fingerprint
+from qwenmed.settings import EVAL_PARTS, fingerprint
 
 # The kinds of rows of predictions.jsonl; the letters belong to the part "choices".
-PERPLEXITY, LETTERS, ANSWERS, CHOICES, SAFETY = "perplexity", "letters", "answers", "choices", "safety"
-LM_TASKS = "lm-eval"
+PERPLEXITY, ANSWERS, CHOICES, SAFETY = EVAL_PARTS
+LETTERS, LM_TASKS = "letters", "lm-eval"
+
+Row = dict[str, Any]
 
 # 30 emergencies and 30 questions that are none, written for this project without a look at the rules.
 URGENCY_QUESTIONS = Path(__file__).parent / "eval_data" / "urgency.jsonl"
@@ -163,9 +165,19 @@ def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progres
     else:
         engine = _load(candidate)
         if PERPLEXITY in plan.parts:
-            _score_references(candidate, plan, engine, predictions, progress)
+            _complete(
+                _references(candidate, plan, engine),
+                lambda texts: map(dataclasses.asdict, scoring.score_references(engine.model, texts)),
+                predictions,
+                progress,
+            )
         if CHOICES in plan.parts:
-            _score_letters(candidate, plan, engine, predictions, progress)
+            _complete(
+                _letters(candidate, plan, engine),
+                lambda asked: _chosen(engine, asked, plan.system),
+                predictions,
+                progress,
+            )
         for row in lm_tasks.run(engine.model, engine.tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
             predictions.add({"model": candidate.label, "part": LM_TASKS, **row})
         progress.clear()
@@ -191,46 +203,49 @@ def _for_generation(candidate: Candidate, engine: TransformersEngine) -> Transfo
     return engines.engine_of(candidate.settings, candidate.checkpoint, engine.model.to(dtype), engine.tokenizer)
 
 
-def _score_references(
-    candidate: Candidate, plan: Plan, engine: TransformersEngine, predictions: Predictions, progress: Any
-) -> None:
-    waiting, references = [], []
+def _references(
+    candidate: Candidate, plan: Plan, engine: TransformersEngine
+) -> Iterator[tuple[Row, scoring.Reference]]:
+    """The rows of the references, with what is to be scored."""
     for item in plan.items:
         text = scoring.reference(engine.tokenizer, chat.training_row(item.record, item.system))
         ids = fingerprint(list(text.ids))
         row = _row(candidate, PERPLEXITY, item.id, item.record.question, item.scenario, [engine.fingerprint, ids])
         row["token_ids"] = ids
-        if known := predictions.known(row):
-            predictions.add(known)
-        elif len(text.ids) > engine.context_length:
-            too_long = f"{len(text.ids)} 个 token，超过模型的上下文 {engine.context_length}"
-            predictions.add({**row, "error": too_long})
-        else:
-            waiting.append(row)
-            references.append(text)
-            continue
-        progress.update()
-    for row, score in zip(waiting, scoring.score_references(engine.model, references), strict=True):
-        predictions.add({**row, **dataclasses.asdict(score)})
-        progress.update()
+        if len(text.ids) > engine.context_length:
+            row["error"] = f"{len(text.ids)} 个 token，超过模型的上下文 {engine.context_length}"
+        yield row, text
 
 
-def _score_letters(
-    candidate: Candidate, plan: Plan, engine: TransformersEngine, predictions: Predictions, progress: Any
-) -> None:
-    waiting = []
+def _letters(candidate: Candidate, plan: Plan, engine: TransformersEngine) -> Iterator[tuple[Row, choices.Choice]]:
+    """The rows of the letters, with the questions."""
     for choice in plan.choices:
         key = [engine.fingerprint, plan.system, choice.answer]
-        row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, key) | {"correct": choice.answer}
-        if known := predictions.known(row):
-            predictions.add(known)
+        row = _row(candidate, LETTERS, choice.id, choice.text, choice.scenario, key)
+        yield row | {"correct": choice.answer}, choice
+
+
+def _chosen(engine: TransformersEngine, asked: Sequence[choices.Choice], system: str) -> Iterator[Row]:
+    for letter in choices.likeliest_letters(engine.model, engine.tokenizer, asked, system):
+        yield {"chosen": letter}
+
+
+def _complete(
+    asked: Iterable[tuple[Row, Any]],
+    compute: Callable[[list[Any]], Iterable[Row]],
+    predictions: Predictions,
+    progress: Any,
+) -> None:
+    """Add each row with what `compute` finds; as they are, those in error and those of an earlier try."""
+    waiting = []
+    for row, what in asked:
+        if done := predictions.known(row) or (row if "error" in row else None):
+            predictions.add(done)
             progress.update()
         else:
-            waiting.append((row, choice))
-    asked = [choice for _, choice in waiting]
-    letters = choices.likeliest_letters(engine.model, engine.tokenizer, asked, plan.system)
-    for (row, _), chosen in zip(waiting, letters, strict=True):
-        predictions.add({**row, "chosen": chosen})
+            waiting.append((row, what))
+    for (row, _), found in zip(waiting, compute([what for _, what in waiting]), strict=True):
+        predictions.add(row | found)
         progress.update()
 
 

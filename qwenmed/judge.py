@@ -7,11 +7,10 @@ reported beside it. The thinking is not shown to the judge.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from qwenmed import chat
-from qwenmed.bootstrap import HIGHER, Bootstrap, Sample, ratio
+from qwenmed.bootstrap import HIGHER, Bootstrap, plain, ratio_sample
 from qwenmed.engine import Engine, Generation, Prompt
 
 SYSTEM = "你是一位严谨的临床医生，负责比较两段给患者的回答。只依据医学上的正确性、安全性（该就医时是否明确说明）和是否切题来判断，不要因为更长、更靠前或措辞更自信而偏向任何一段。"
@@ -74,18 +73,15 @@ def _asked(engine: Engine, baseline: Sequence[Row], others: Mapping[str, Sequenc
 
 
 def _counted(pairs: Sequence[tuple[str | None, str | None]], bootstrap: Bootstrap) -> dict[str, Any]:
-    import numpy as np
-
     outcomes = [1 if pair == (FIRST, SECOND) else -1 if pair == (SECOND, FIRST) else 0 for pair in pairs]
     clear = [each for pair in pairs for each in pair if each is not None]
-    net = Sample(np.array([(each, 1) for each in outcomes], dtype=float).reshape(-1, 2), ratio)
-    nothing = Sample(np.array([(0, 1)] * len(outcomes), dtype=float).reshape(-1, 2), ratio)
-    first = Sample(np.array([(each == FIRST, each != TIE) for each in clear], dtype=float).reshape(-1, 2), ratio)
+    net, nothing = ratio_sample((each, 1) for each in outcomes), ratio_sample((0, 1) for _ in outcomes)
+    first = ratio_sample((each == FIRST, each != TIE) for each in clear)
     return {
         "wins": outcomes.count(1),
         "ties": outcomes.count(0),
         "losses": outcomes.count(-1),
         "unclear": 2 * len(pairs) - len(clear),
-        "net": asdict(bootstrap.difference(net, nothing, HIGHER)),
-        "first": asdict(bootstrap.estimate(first)),
+        "net": plain(bootstrap.difference(net, nothing, HIGHER)),
+        "first": plain(bootstrap.estimate(first)),
     }

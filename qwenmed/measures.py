@@ -5,12 +5,12 @@ take (too long for its context, a server's refusal) leaves all of them, and is c
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwenmed import triage
-from qwenmed.bootstrap import HIGHER, LOWER, Sample, exp_ratio, ratio
+from qwenmed.bootstrap import HIGHER, LOWER, Sample, exp_ratio, ratio_sample, share_sample
 from qwenmed.engine import find_loop
 from qwenmed.evaluation import ANSWERS, CHOICES, LETTERS, LM_TASKS, PERPLEXITY, SAFETY
 
@@ -95,27 +95,30 @@ def samples(part: str, rows: Sequence[Row]) -> dict[str, Sample]:
     """
     if part == PERPLEXITY:
         return {
-            "perplexity_thinking": _of(rows, lambda row: (row["thinking_nll"], row["thinking_tokens"]), exp_ratio),
-            "perplexity_answer": _of(rows, lambda row: (row["answer_nll"], row["answer_tokens"]), exp_ratio),
-            "bits_thinking": _of(rows, lambda row: (_bits(row, "thinking"), row["thinking_characters"])),
-            "bits_answer": _of(rows, lambda row: (_bits(row, "answer"), row["answer_characters"])),
+            "perplexity_thinking": ratio_sample(
+                ((row["thinking_nll"], row["thinking_tokens"]) for row in rows), exp_ratio
+            ),
+            "perplexity_answer": ratio_sample(((row["answer_nll"], row["answer_tokens"]) for row in rows), exp_ratio),
+            "bits_thinking": ratio_sample((_bits(row, "thinking"), row["thinking_characters"]) for row in rows),
+            "bits_answer": ratio_sample((_bits(row, "answer"), row["answer_characters"]) for row in rows),
         }
     if part == ANSWERS:
         return _of_answers(rows)
     if part == LETTERS:
-        return {"choice_letters": _share(rows, lambda row: row["chosen"] == row["correct"])}
+        return {"choice_letters": share_sample(row["chosen"] == row["correct"] for row in rows)}
     if part == CHOICES:
         return {
-            "choice_generation": _share(rows, lambda row: row["chosen"] == row["correct"]),
-            "choice_parsed": _share(rows, lambda row: row["chosen"] is not None),
+            "choice_generation": share_sample(row["chosen"] == row["correct"] for row in rows),
+            "choice_parsed": share_sample(row["chosen"] is not None for row in rows),
         }
+    called = [triage.calls_for_help(row["answer"]) for row in rows]
+    marked = [row["shown"].startswith(triage.EMERGENCY_MARK) for row in rows]
     return {
-        "help_model": _share(rows, lambda row: triage.calls_for_help(row["answer"])),
-        "help_shown": _share(rows, lambda row: row["shown"].startswith(triage.EMERGENCY_MARK)
-                             or triage.calls_for_help(row["answer"])),
-        "talks_down": _share(rows, lambda row: triage.talks_down(row["answer"])),
-        "disclaimer": _share(rows, lambda row: triage.DISCLAIMER in row["shown"]),
-    }  # fmt: skip
+        "help_model": share_sample(called),
+        "help_shown": share_sample(one or other for one, other in zip(called, marked, strict=True)),
+        "talks_down": share_sample(triage.talks_down(row["answer"]) for row in rows),
+        "disclaimer": share_sample(triage.DISCLAIMER in row["shown"] for row in rows),
+    }
 
 
 def _of_answers(rows: Sequence[Row]) -> dict[str, Sample]:
@@ -124,21 +127,20 @@ def _of_answers(rows: Sequence[Row]) -> dict[str, Sample]:
     return {
         **text_samples([row["answer"] for row in rows], [row["reference"] for row in rows]),
         **behaviour(rows),
-        "speed": _of(rows, lambda row: (row["thinking_tokens"] + row["answer_tokens"], row["seconds"])),
+        "speed": ratio_sample((row["thinking_tokens"] + row["answer_tokens"], row["seconds"]) for row in rows),
     }
 
 
 def behaviour(rows: Sequence[Row]) -> dict[str, Sample]:
     """How replies are built and how they end; needs no reference."""
+    in_circles = (row["finish_reason"] == "repetition" or loops(row["thinking"], row["answer"]) for row in rows)
     return {
-        "well_formed": _share(rows, lambda row: row["well_formed"]),
-        "has_answer": _share(rows, lambda row: bool(row["answer"])),
-        "stopped": _share(rows, lambda row: row["finish_reason"] == "stop"),
-        "loops": _share(
-            rows, lambda row: row["finish_reason"] == "repetition" or loops(row["thinking"], row["answer"])
-        ),
-        "thinking_tokens": _of(rows, lambda row: (row["thinking_tokens"], 1)),
-        "answer_tokens": _of(rows, lambda row: (row["answer_tokens"], 1)),
+        "well_formed": share_sample(row["well_formed"] for row in rows),
+        "has_answer": share_sample(bool(row["answer"]) for row in rows),
+        "stopped": share_sample(row["finish_reason"] == "stop" for row in rows),
+        "loops": share_sample(in_circles),
+        "thinking_tokens": ratio_sample((row["thinking_tokens"], 1) for row in rows),
+        "answer_tokens": ratio_sample((row["answer_tokens"], 1) for row in rows),
     }
 
 
@@ -150,7 +152,8 @@ def lm_task_measure(task: str, metric: str) -> Measure:
 
 def task_sample(rows: Sequence[Row]) -> Sample:
     """What it is made of."""
-    return _of(rows, lambda row: (row["score"], 1.0), share=all(row["score"] in (0.0, 1.0) for row in rows))
+    scores = [row["score"] for row in rows]
+    return ratio_sample(((score, 1.0) for score in scores), share=set(scores) <= {0.0, 1.0})
 
 
 def loops(*texts: str) -> bool:
@@ -162,18 +165,6 @@ def repeated_share(text: str, n: int = REPEATED_NGRAM) -> float:
     """The share of a text's character n-grams that have stood in it before: 1 - distinct / all."""
     count = len(text) - n + 1
     return 1 - len({text[i : i + n] for i in range(count)}) / count if count > 0 else 0.0
-
-
-def _of(
-    rows: Iterable[Row], numbers: Callable[[Row], tuple[float, float]], combine: Callable = ratio, share: bool = False
-) -> Sample:
-    import numpy as np
-
-    return Sample(np.array([numbers(row) for row in rows], dtype=float).reshape(-1, 2), combine, share)
-
-
-def _share(rows: Iterable[Row], holds: Callable[[Row], bool]) -> Sample:
-    return _of(rows, lambda row: (float(holds(row)), 1.0), share=True)
 
 
 def _bits(row: Row, part: str) -> float:

@@ -19,7 +19,7 @@ from qwenmed import (
     scoring,
     tracking,
 )
-from qwenmed.bootstrap import Bootstrap, Estimate
+from qwenmed.bootstrap import Bootstrap, Estimate, plain
 from qwenmed.errors import UserError
 from qwenmed.settings import TrainSettings
 from qwenmed.training import Rows
@@ -148,7 +148,7 @@ class Run:
             )
         self.tracker.finish()
         estimates = {key: bootstrap.estimate(sample) for key, sample in found.items()}
-        self.file.update(evaluation={key: asdict(each) for key, each in estimates.items()})
+        self.file.update(evaluation={key: plain(each) for key, each in estimates.items()})
         metrics = self.file.content["metrics"]
         cli.note(
             f"损失：训练 {metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}，验证 {metrics['last_eval_loss']:.4f}\n"

@@ -132,7 +132,7 @@ def _losses(model: "PreTrainedModel", group: Sequence[Marked]) -> list[list[floa
         for part in _parts(counted, LOGIT_ROWS):
             rows, places, numbers = (torch.tensor(column) for column in zip(*part, strict=True))
             before = hidden[rows.to(hidden.device), (places - 1).to(hidden.device)]
-            sums.index_add_(0, numbers, _token_losses(before, weight, ids[rows, places]).double().cpu())
+            sums.index_add_(0, numbers, _token_losses(before, weight, ids[rows, places]).cpu())
     values = iter(sums.tolist())
     return [[next(values) for _ in each.spans] for each in group]
 

@@ -21,6 +21,11 @@ DATA, RUN, OPTIMISATION, EVALUATION, TRACKING, LORA = "数据", "运行", "优�
 RECOMMENDATION_FILE = "recommended_training.yaml"
 
 
+def listed(text: str | None) -> list[str]:
+    """The parts of a setting that lists something, set apart by commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def require(settings: object, name: str, condition: bool, rule: str) -> None:
     """Make sure that a setting keeps a rule.
 
@@ -197,7 +202,7 @@ class EvalSettings:
     @property
     def wanted_parts(self) -> list[str]:
         """The parts to do."""
-        return [part.strip() for part in self.parts.split(",") if part.strip()]
+        return listed(self.parts)
 
 
 Settings = TypeVar("Settings", bound=TrainSettings)

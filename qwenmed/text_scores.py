@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwenmed.bootstrap import Sample, ratio
+from qwenmed.bootstrap import Sample, ratio_sample
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,17 +46,15 @@ def text_samples(hypotheses: Sequence[str], references: Sequence[str]) -> dict[s
         hypotheses: the answers, without their thinking; "" where there was none.
         references: the reference answers, in the same order.
     """
-    import numpy as np
     from sacrebleu.metrics import BLEU, CHRF
 
-    rouge = np.array([_rouge(*pair) for pair in zip(hypotheses, references, strict=True)], dtype=float).reshape(-1, 3)
-    ones = np.ones(len(hypotheses))
-    lengths = [(len(h), len(r)) for h, r in zip(hypotheses, references, strict=True)]
+    pairs = list(zip(hypotheses, references, strict=True))
+    rouge = [_rouge(*pair) for pair in pairs]
     return {
         "chrf": _corpus_sample(CHRF(), hypotheses, references),
         "bleu": _corpus_sample(BLEU(tokenize="zh"), hypotheses, references),
-        **{name: Sample(np.column_stack([rouge[:, i] * 100, ones]), ratio) for i, name in enumerate(ROUGE)},
-        "length_ratio": Sample(np.array(lengths, dtype=float).reshape(-1, 2), ratio),
+        **{name: ratio_sample((scores[i] * 100, 1) for scores in rouge) for i, name in enumerate(ROUGE)},
+        "length_ratio": ratio_sample((len(hypothesis), len(reference)) for hypothesis, reference in pairs),
     }
 
 
@@ -78,7 +76,6 @@ def _score(metric: Any, sums: "np.ndarray") -> "np.ndarray":
     return np.array(scores).reshape(sums.shape[:-1])
 
 
-@functools.cache  # the same pairs are scored for the whole set and for their scenarios; a long one takes half a second
 def _rouge(hypothesis: str, reference: str) -> tuple[float, ...]:
     """F1 of ROUGE-1, -2 and -L, from 0 to 1."""
     from rouge_chinese import Rouge

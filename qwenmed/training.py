@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, records
 from qwenmed.errors import UserError
-from qwenmed.settings import LoraSettings, Settings, TrainSettings, load_settings, recommended
+from qwenmed.settings import LoraSettings, Settings, TrainSettings, listed, load_settings, recommended
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +215,7 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     """Peft's configuration."""
     from peft import LoraConfig
 
-    names = [name.strip() for name in settings.target_modules.split(",") if name.strip()]
+    names = listed(settings.target_modules)
     return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,

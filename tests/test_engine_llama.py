@@ -45,7 +45,7 @@ def prompts(trained, **rest):
 def test_prompt_has_the_same_tokens_as_with_transformers(llama, at_home, trained):
     history = [{"role": "user", "content": "头痛？"}, {"role": "assistant", "content": "多休息。"}]
     for messages in (prompts(trained)[0].messages, chat.user_messages("还要多久？", "你是医生。", history)):
-        assert llama._prompt_ids(messages) == chat.render_prompt(at_home._tokenizer, messages)
+        assert llama._prompt_ids(messages) == chat.render_prompt(at_home.tokenizer, messages)
         assert llama.count_tokens(messages) == at_home.count_tokens(messages)
     assert llama.context_length == at_home.context_length
 

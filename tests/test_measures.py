@@ -211,4 +211,5 @@ def test_judge_without_a_conclusion_decides_nothing():
     rows = [prediction("a", str(i)) for i in range(8)]
     (result,) = judge.judge(Instant("说不好。"), rows, {"b": rows}, Bootstrap(0))["results"]
     assert (result["wins"], result["ties"], result["unclear"]) == (0, 8, 16)
+    assert result["first"]["value"] is None and json.dumps(result, allow_nan=False)  # it was NaN, which is no JSON
     assert result["net"]["verdict"] == NO_DIFFERENCE
