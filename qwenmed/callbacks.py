@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-from qwenmed import checkpoints, cli, head
+from qwenmed import checkpoints, cli, head, merged_model
 
 
 class MedicalSFTTrainer(SFTTrainer):
@@ -36,10 +36,13 @@ class MedicalSFTTrainer(SFTTrainer):
         return total * scale / num_items_in_batch
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the weights, and beside them the card."""
+        """Save the weights, and beside them the card; other programs can load a full checkpoint as it is."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and output_dir:
-            checkpoints.write_card(Path(output_dir), self.card)
+            folder = Path(output_dir)
+            if (folder / "config.json").is_file():
+                merged_model.mend_config(folder / "config.json")
+            checkpoints.write_card(folder, self.card)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card advertises a hub upload; `checkpoint.json` and `run.json` say more."""

@@ -29,6 +29,8 @@ RESPONSE_TEMPLATE = {
 }
 THINK_START, THINK_END = "<think>", "</think>"
 END_OF_TURN = "<|im_end|>"
+# Both end a reply.
+STOP_TOKENS = (END_OF_TURN, "<|endoftext|>")
 
 # Text of users and data sets never becomes a control token: apply_chat_template(…, **SANITIZE), with a
 # tokenizer that `guard_control_tokens` has prepared.
@@ -236,7 +238,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase", configured: Iterable[int | No
 
     A config that lists only one of them is the well-known reason of replies that never end.
     """
-    named = [tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, "<|endoftext|>")]
+    named = [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
     return sorted({token for token in (*configured, *named) if token is not None})
 
 

@@ -4,6 +4,7 @@ The trainer writes `trainer_state.json` last: a checkpoint where it is missing o
 is never chosen by `latest`, `best` or `--resume`. `checkpoint.json` beside the weights says how they were made.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ CARD_FILE = "checkpoint.json"
 STATE_FILE = "trainer_state.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,22 @@ def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
         check_weights(path)
     notice = read_config(base or path).get("notice", "")
     return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path names: itself, or the only one in a folder that holds no model of another form.
+
+    Raises:
+        UserError: the folder holds several.
+    """
+    if path.suffix.lower() == GGUF:
+        return path
+    if not path.is_dir() or (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
+        return None
+    found = sorted(each for each in path.iterdir() if each.suffix.lower() == GGUF)
+    if len(found) > 1:
+        raise UserError(f"目录里有 {len(found)} 个 GGUF 文件", path, f"请用 -c 指出一个，例如 -c {found[0]}")
+    return found[0] if found else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -230,15 +248,32 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
     return model
 
 
-def count_parameters(folder: Path) -> int:
-    """Number of parameters of a model folder, without loading it (tied weights stand there once)."""
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a folder's safetensors, without loading any."""
     from safetensors import safe_open
 
-    total = 0
-    for file in folder.glob("*.safetensors"):
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118  no iterator
-    return total
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  no iterator
+    return shapes
+
+
+def count_parameters(folder: Path) -> int:
+    """Number of parameters of a model folder, without loading it (tied weights stand there once)."""
+    return sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+
+
+def weights_sha256(folder: Path) -> str:
+    """A hash of all weight files of a model folder; by it an adapter knows its base again."""
+    hashes = [files.sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Where a checkpoint's tokenizer lies: its own, or that of its base."""
+    has_tokenizer = (checkpoint.path / "tokenizer_config.json").is_file()
+    return checkpoint.path if has_tokenizer or not checkpoint.base else checkpoint.base
 
 
 def load(checkpoint: Checkpoint, dtype: "torch.dtype") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -250,9 +285,7 @@ def load(checkpoint: Checkpoint, dtype: "torch.dtype") -> tuple["PreTrainedModel
     model = load_base(checkpoint.base or checkpoint.path, dtype)
     if checkpoint.base:
         model = merge_adapter(model, checkpoint.path)
-    has_tokenizer = (checkpoint.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(checkpoint.path if has_tokenizer or not checkpoint.base else checkpoint.base)
-    return model.eval(), tokenizer
+    return model.eval(), load_tokenizer(tokenizer_folder(checkpoint))
 
 
 def merge_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

@@ -140,6 +140,59 @@ def growing_file(path: Path) -> Iterator[IO[str]]:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def whole_folder(target: Path, what: str) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when the block ends without an error.
+
+    It grows as .NAME.partial beside the target; what a killed process left there is removed. A folder that has the
+    name already is replaced in the end: whoever calls has made sure that it may be.
+
+    Args:
+        what: who fills it, for the message.
+
+    Raises:
+        UserError: another process that is alive fills it.
+    """
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = hold(partial, what)
+    try:
+        for left in partial.iterdir():
+            if left.name != LOCK_FILE:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield partial
+        for path in partial.rglob("*"):  # safetensors makes 0600, which a colleague's job could not read
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+        (partial / LOCK_FILE).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def check_space(folder: Path, needed: int, remedy: str) -> None:
+    """Make sure that a disk has room, before any long work starts.
+
+    Args:
+        folder: where it will be written; it need not exist yet.
+        needed: bytes.
+        remedy: what helps besides another disk.
+
+    Raises:
+        UserError: it has not.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(f"磁盘空间不足：需要约 {needed / 1e9:.2f} GB，只剩 {free / 1e9:.2f} GB", folder, remedy)
+
+
 def write_whole(contents: Mapping[Path, str]) -> None:
     """Write several text files that belong together; none appears unless all could be written.
 

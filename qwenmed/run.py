@@ -69,6 +69,7 @@ class Run:
         card = {
             "method": self.method,
             "base_model": str(self.model_folder),
+            "base_weights_sha256": checkpoints.weights_sha256(self.model_folder),
             "settings": asdict(self.settings),
             "data": {part: {key: rows.summary[part][key] for key in ("file", "sha256")} for part in rows.summary},
             "chat_template_sha256": tracking.text_hash(tokenizer.chat_template),
