@@ -43,7 +43,6 @@ from qwenmed.errors import UserError
 from qwenmed.evaluation import Candidate, Item, Plan
 from qwenmed.settings import EvalSettings, listed
 
-GGUF = ".gguf"
 # The options of EngineSettings that mean one model; EvalSettings has those that hold for all of them.
 PER_MODEL = ("checkpoint", "engine", "temperature", "top_p", "seed", "think_budget")
 
@@ -57,7 +56,7 @@ def main() -> int:
     plan = make_plan(settings, items)
     predictions, notices = predict(folder, candidates, plan, settings)
 
-    runs = {each.label: leaks.run_of(each.checkpoint.path)[1] if each.checkpoint else {} for each in candidates}
+    runs = {each.label: leaks.run_of(each.folders[0])[1] if each.folders else {} for each in candidates}
     bootstrap = Bootstrap(settings.seed)
     compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
     report = {
@@ -123,16 +122,18 @@ def find_candidates(
     def add(name: str, **own: Any) -> None:
         opened = EngineSettings(**{**given, **same, **own})
         checkpoint = engines.find_checkpoint(opened) if opened.engine == engines.TRANSFORMERS else None
-        if opened.engine == engines.LLAMA:
-            files.require_file(Path(opened.checkpoint), "GGUF 文件")
+        gguf = checkpoints.gguf_file(Path(opened.checkpoint)) if opened.engine == engines.LLAMA else None
+        if gguf:
+            files.require_file(gguf, "GGUF 文件")
         name = checkpoints.short_name(checkpoint.path) if checkpoint else name
         taken = sum(each.label.split(" #")[0] == name for each in candidates)
-        candidates.append(Candidate(f"{name} #{taken + 1}" if taken else name, opened, checkpoint))
+        label = f"{name} #{taken + 1}" if taken else name
+        candidates.append(Candidate(label, opened, checkpoint, gguf))
 
     if base is not None:
         add(base, checkpoint=str(training.resolve_model(base, MEDICAL_PROMPTS.values())))
     for spec in specs or ([] if has_server else ["best"]):
-        add(spec, checkpoint=spec, engine=engines.LLAMA if spec.endswith(GGUF) else engines.TRANSFORMERS)
+        add(spec, checkpoint=spec)
     if has_server:
         add(given.get("model") or given.get("base_url", ""), engine=engines.OPENAI)
     return candidates
@@ -171,7 +172,7 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
     if not path.exists():
         raise UserError("评估数据不存在", path, "请先运行 python data.py，或用 --data 指定文件")
     every = records.read_clean_records(path)
-    trained = {each.label: leaks.trained_on(each.checkpoint) for each in candidates if each.checkpoint}
+    trained = {each.label: leaks.trained_on(each.folders) for each in candidates if each.folders}
     seen = set().union(*(each.texts for each in trained.values()))
     leaked = [record.place for record in every if leaks.record_fingerprints(record) & seen]
     excluded = set() if settings.keep_leaked else set(leaked)

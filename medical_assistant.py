@@ -4,7 +4,7 @@
     python medical_assistant.py -q "头痛三天了怎么办？" -s auto
     python medical_assistant.py -b sample_questions.json -o answers.jsonl       # 断了用 --resume 接着做
     python medical_assistant.py --engine openai --base-url http://localhost:8000/v1 -q "头痛三天了怎么办？"
-    python medical_assistant.py --engine llama.cpp -c model-q8_0.gguf
+    python medical_assistant.py -c model-q8_0.gguf                 # GGUF 文件，由 llama.cpp 生成
 
     from medical_assistant import MedicalAssistant
     assistant = MedicalAssistant(checkpoint_path="best")
@@ -43,7 +43,7 @@ class MedicalAssistant:
 
     Args:
         checkpoint_path: a checkpoint or model folder, "best" or "latest"; for llama.cpp a GGUF file.
-        engine: "transformers", "openai", "llama.cpp", or an engine of your own (`qwenmed.engine.Engine`).
+        engine: "auto" (by what the path is), "transformers", "openai", "llama.cpp", or an engine of your own (`qwenmed.engine.Engine`).
         redact: mask phone, identity-card and e-mail in questions, for the model and for what is saved.
         truncate_history: let the oldest turns go when the context fills; otherwise that is an error.
         settings: the other fields of `qwenmed.engines.EngineSettings`: base_model, device, dtype, base_url, model,
@@ -60,7 +60,7 @@ class MedicalAssistant:
         self,
         checkpoint_path: str | Path = "best",
         *,
-        engine: str | Engine = engines.TRANSFORMERS,
+        engine: str | Engine = engines.AUTO,
         redact: bool = False,
         truncate_history: bool = True,
         **settings: Any,

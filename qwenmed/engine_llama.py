@@ -28,6 +28,7 @@ from qwenmed.engine import (
     reply_limit,
 )
 from qwenmed.errors import UserError
+from qwenmed.gguf_file import NOTICE_KEY
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -42,14 +43,12 @@ class LlamaEngine:
 
     Args:
         path: the file.
-        sampling: what is None is Qwen3's recommendation.
+        sampling: what is None is as the file says, and Qwen3's recommendation where it says nothing.
         threads: of the CPU; by default one for each core.
 
     Raises:
         UserError: llama-cpp-python is missing, the file is no GGUF or broken, or has no chat template.
     """
-
-    notice = ""
 
     def __init__(self, path: Path, sampling: Sampling = MODELS_OWN, *, threads: int | None = None) -> None:
         self._llama = _open(path, threads)
@@ -58,7 +57,11 @@ class LlamaEngine:
         self.name = str(path)
         status = path.stat()
         self.fingerprint = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {sampling}"
-        self._sampling = sampling.over(QWEN3_SAMPLING)
+        metadata = self._llama.metadata
+        self.notice = metadata.get(NOTICE_KEY, "")
+        self._sampling = sampling.over(_recommended(metadata)).over(QWEN3_SAMPLING)
+        self._top_k = int(_number(metadata, "top_k", QWEN3_TOP_K))
+        self._min_p = _number(metadata, "min_p", 0.0)
         self._render = _renderer(self._llama, path)
         self._text = _Tokenizer(self._llama)
         self._tags = tuple(self._text.convert_tokens_to_ids([chat.THINK_START, chat.THINK_END]))
@@ -128,8 +131,8 @@ class LlamaEngine:
             ids,
             temp=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=QWEN3_TOP_K,
-            min_p=0.0,
+            top_k=self._top_k,
+            min_p=self._min_p,
         )
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
@@ -183,6 +186,18 @@ def _open(path: Path, threads: int | None) -> "Llama":
         return Llama(str(path), n_ctx=CONTEXT, n_threads=threads, verbose=False)
     except Exception as error:  # ValueError, AssertionError, MemoryError, whatever the binding meets
         raise UserError(f"GGUF 文件无法载入：{str(error)[:200]}", path, "文件可能不完整，请重新导出或下载") from error
+
+
+def _recommended(metadata: dict[str, str]) -> Sampling:
+    """The sampling that a file recommends; None where it does not."""
+    return Sampling(_number(metadata, "temp", None), _number(metadata, "top_p", None))
+
+
+def _number(metadata: dict[str, str], name: str, default: float | None) -> float | None:
+    try:
+        return float(metadata[f"general.sampling.{name}"])
+    except (KeyError, ValueError):
+        return default
 
 
 def _renderer(llama: "Llama", path: Path) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TRANSFORMERS, OPENAI, LLAMA = "transformers", "openai", "llama.cpp"
+AUTO, TRANSFORMERS, OPENAI, LLAMA = "auto", "transformers", "openai", "llama.cpp"
 MODEL, SERVER, GENERATION = "模型", "服务器（--engine openai）", "生成"
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,13 +30,14 @@ class EngineSettings:
         "检查点或模型目录，或 GGUF 文件；best、latest 取最近一次训练的",
         MODEL,
         short="-c",
-        metavar="DIR|latest|best",
+        metavar="DIR|FILE.gguf|latest|best",
     )
     engine: str = setting(
-        TRANSFORMERS,
-        "用什么生成：transformers 本机的检查点；openai 任何 OpenAI 兼容的服务器；llama.cpp 一个 GGUF 文件",
+        AUTO,
+        "用什么生成：transformers 本机的检查点；llama.cpp 一个 GGUF 文件；openai 任何 OpenAI 兼容的服务器；"
+        "auto 看 -c 给的是目录还是 GGUF",
         MODEL,
-        choices=(TRANSFORMERS, OPENAI, LLAMA),
+        choices=(AUTO, TRANSFORMERS, OPENAI, LLAMA),
     )
     base_model: str | None = setting(None, "LoRA 的基础模型现在的目录", MODEL, metavar="DIR")
     device: str = setting("auto", "设备", MODEL, choices=("auto", "cuda", "mps", "cpu"))
@@ -55,11 +56,13 @@ class EngineSettings:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges and what belongs together.
+        """Check ranges and what belongs together; "auto" becomes the engine that it stands for.
 
         Raises:
             UserError: a value is outside of its range, or an engine lacks what it needs.
         """
+        if self.engine == AUTO:
+            self.engine = LLAMA if checkpoints.gguf_file(Path(self.checkpoint)) else TRANSFORMERS
         infinite = float("inf")
         require(self, "concurrency", 1 <= self.concurrency <= 1024, "应在 1 与 1024 之间")
         require(self, "timeout", 0 < self.timeout < infinite, "必须大于 0")
@@ -111,8 +114,9 @@ def open_engine(settings: EngineSettings, for_batch: bool = False) -> Engine:
     if settings.engine == LLAMA:
         from qwenmed.engine_llama import LlamaEngine
 
-        cli.note(f"正在载入：GGUF {settings.checkpoint}（llama.cpp）")
-        return LlamaEngine(Path(settings.checkpoint), settings.sampling)
+        path = checkpoints.gguf_file(Path(settings.checkpoint)) or Path(settings.checkpoint)
+        cli.note(f"正在载入：GGUF {path}（llama.cpp）")
+        return LlamaEngine(path, settings.sampling)
     return _open_transformers(settings, BATCH_SIZE if for_batch else 1)
 
 

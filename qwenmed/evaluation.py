@@ -51,11 +51,20 @@ class Candidate:
         label: its name in the report.
         settings: how it is opened.
         checkpoint: None for a server or a GGUF file, whose weights can't be asked for likelihoods.
+        gguf: the GGUF file, if it is one.
     """
 
     label: str
     settings: engines.EngineSettings
     checkpoint: checkpoints.Checkpoint | None
+    gguf: Path | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where it lies, for what its training has left there; empty for a server."""
+        if self.checkpoint:
+            return [each for each in (self.checkpoint.path, self.checkpoint.base) if each]
+        return [self.gguf] if self.gguf else []
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenmed import checkpoints, files, tracking
+from qwenmed import files, tracking
 from qwenmed.records import Record
 
 # Shorter answers ("是的。") stand in many records.
@@ -51,9 +51,13 @@ def fingerprints(records: Iterable[Record]) -> list[str]:
     return sorted(set().union(*(record_fingerprints(record) for record in records)))
 
 
-def trained_on(checkpoint: checkpoints.Checkpoint) -> TrainedOn:
-    """What a model was trained on here, in its own run and in the runs of the checkpoints that it began from."""
-    found, waiting, seen = TrainedOn(), [checkpoint.path, *([checkpoint.base] if checkpoint.base else [])], set()
+def trained_on(paths: Iterable[Path]) -> TrainedOn:
+    """What a model was trained on here, in its own run and in the runs of the checkpoints that it began from.
+
+    Args:
+        paths: the model: its folder, an adapter's base beside it, or a GGUF file.
+    """
+    found, waiting, seen = TrainedOn(), list(paths), set()
     while waiting:
         path = waiting.pop()
         if path.resolve() in seen:

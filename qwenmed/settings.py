@@ -205,6 +205,73 @@ class EvalSettings:
         return listed(self.parts)
 
 
+SOURCE, FORM, PLACE = "来源", "形式", "结果"
+EXPORT_TARGETS = ("merged", "gguf", "ollama", "vllm")
+# What a GGUF file can hold: those that the gguf package writes itself, and those of llama.cpp's quantiser.
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
+
+@dataclasses.dataclass
+class ExportSettings:
+    """What is exported, in which form, and where to."""
+
+    checkpoint: str = setting(
+        "best",
+        "检查点、训练目录或模型目录；best、latest 取最近一次训练的",
+        SOURCE,
+        short="-c",
+        metavar="DIR|latest|best",
+    )
+    base_model: str | None = setting(None, "LoRA 的基础模型现在的目录", SOURCE, metavar="DIR")
+    report: str = setting(
+        "eval_report/report.json", "eval.py 的报告；里面有这个检查点时，数字写进模型卡", SOURCE, metavar="FILE"
+    )
+
+    to: str | None = setting(
+        None,
+        "merged 合并好的 safetensors；gguf 给 llama.cpp；ollama GGUF 加 Modelfile；vllm 合并好的目录加启动命令",
+        FORM,
+        choices=EXPORT_TARGETS,
+    )
+    dtype: str = setting(
+        "auto",
+        "merged、vllm 的数值类型；auto 保持模型原来的（LoRA：基础模型的）",
+        FORM,
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    quant: str = setting(
+        "q8_0", f"gguf、ollama 的类型：{'、'.join(GGUF_TYPES)}；装有 llama.cpp 时还有 {'、'.join(K_QUANTS)}", FORM
+    )
+    scenario: str = setting("diagnosis", "ollama：把哪个场景的提示词写进 Modelfile", FORM, short="-s", metavar="ID")
+
+    output_dir: str | None = setting(
+        None, "写到哪个目录（默认 exports/<名称>-<形式>）", PLACE, short="-o", metavar="DIR"
+    )
+    force: bool = setting(False, "替换同一目录里以前的导出", PLACE)
+    self_test: bool = setting(True, "导出后由另一个程序读出，与检查点对照；不一致就不留下结果", PLACE)
+    self_test_tokens: int = setting(256, "自检的 8 条回复每条至多多少 token", PLACE)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together.
+
+        Raises:
+            UserError: a value is unknown or outside of its range.
+        """
+        if self.to is None:
+            raise UserError("没有说导出成什么", None, f"请加上 --to {'|'.join(EXPORT_TARGETS)}")
+        require(self, "to", self.to in EXPORT_TARGETS, f"可选 {'、'.join(EXPORT_TARGETS)}")
+        self.quant = self.quant.lower()
+        known = (*GGUF_TYPES, *K_QUANTS)
+        require(self, "quant", self.quant in known, f"可选 {'、'.join(known)}")
+        require(self, "self_test_tokens", 1 <= self.self_test_tokens <= 2048, "应在 1 与 2048 之间")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a GGUF file is written."""
+        return self.to in ("gguf", "ollama")
+
+
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 

@@ -156,7 +156,7 @@ def test_every_measure_is_defined_in_one_sentence():
 
 def test_a_training_leaves_fingerprints_of_its_rows_and_of_no_others(trained):
     (checkpoint, *_) = checkpoints.finished_checkpoints(trained.run)
-    found = leaks.trained_on(checkpoints.describe(checkpoint))
+    found = leaks.trained_on([checkpoint])
     assert found.runs == [trained.run / "run.json"] and not found.unknown
     for row in trained.rows:
         assert leaks.record_fingerprints(Record(row["question"], "", row["answer"])) <= found.texts
@@ -182,9 +182,9 @@ def test_runs_behind_a_run_are_followed(tmp_path, demo_model):
     (first.parent / "run.json").write_text(json.dumps(run), encoding="utf-8")
     run = {"data": {"train": {"texts": ["2" * 16]}}, "base_model": str(first)}
     (second.parent / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    assert leaks.trained_on(checkpoints.describe(second)).texts == {"1" * 16, "2" * 16}
+    assert leaks.trained_on([second]).texts == {"1" * 16, "2" * 16}
     (second.parent / "run.json").write_text(json.dumps({"base_model": str(second)}), encoding="utf-8")  # no end to it
-    assert leaks.trained_on(checkpoints.describe(second)).unknown == [second.parent / "run.json"]
+    assert leaks.trained_on([second]).unknown == [second.parent / "run.json"]
 
 
 class Judge(Instant):
