@@ -112,7 +112,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         cells = []
         for model in models:
             estimate, difference = measure["estimates"].get(model), measure["differences"].get(model)
-            cell = _interval(estimate, measure["unit"]) if estimate else "—"
+            cell = interval(estimate, measure["unit"]) if estimate else "—"
             if difference and difference["verdict"]:
                 cell += f"；{VERDICTS[difference['verdict']][1].split()[0]}"
             cells.append(cell)
@@ -120,7 +120,8 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval(estimate: Mapping[str, Any], unit: str) -> str:
+def interval(estimate: Mapping[str, Any], unit: str) -> str:
+    """An estimate with its 95 % interval, where it has one."""
     text = figure(estimate["value"], unit)
     if estimate["low"] is None:
         return text

@@ -6,14 +6,16 @@ import sys
 
 from conftest import ROOT
 
-SCRIPTS = ["data", "download_model", "eval", "inference", "medical_assistant", "prompts", "train", "train_lora"]
+SCRIPTS = [
+    "data", "download_model", "eval", "export", "inference", "medical_assistant", "prompts", "train", "train_lora",
+]  # fmt: skip
 
 # Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
 FLOORS = [
     ["errors", "controls", "redact", "cli", "files", "quantities", "signs", "triage"],
     ["records", "settings", "scenarios"],
     ["hub_clients", "hub", "chat", "hardware", "batch", "answers", "conversation", "bootstrap", "text_scores"],
-    ["checkpoints", "demo", "gguf_file"],
+    ["checkpoints", "demo", "merged_model", "gguf_file"],
     [
         "plots",
         "tracking",
@@ -29,9 +31,10 @@ FLOORS = [
         "server_reply",
         "engine_openai",
         "engine_llama",
+        "read_back",
     ],
-    ["training", "engines", "evaluation", "measures", "run", "terminal", "commands"],
-    ["comparison", "judge", "report"],
+    ["training", "engines", "evaluation", "measures", "run", "terminal", "commands", "self_test"],
+    ["comparison", "judge", "report", "model_card"],
 ]
 ORDER = [name for floor in FLOORS for name in floor]
 
