@@ -188,7 +188,7 @@ def test(
     )
     print(self_test.as_text(found))
     if found.failed:
-        raise UserError(f"自检没有通过：{'；'.join(found.failed)}", artefact.name, "没有留下结果；请把这几行报告给我们")
+        raise UserError(f"自检没有通过：{'；'.join(found.failed)}", None, "没有留下结果；请把这几行报告给我们")
     return found
 
 

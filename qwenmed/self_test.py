@@ -79,7 +79,8 @@ class Reference:
         prompts: token ids of the rendered prompts.
         replies: token ids of the greedy replies, with the token that ended them.
         texts: the replies as text, thinking tags included.
-        parts: thinking and answer of each, as this project takes them apart.
+        parts: thinking and answer of each, as this project takes them apart; None for a reply that is not well
+            formed, over which parsers may differ.
         ended: whether the model ended each.
         logprobs: files as in `read_back.Read`.
         beginnings: of each reply the text of its first 0, 1, 2 … tokens.
@@ -89,7 +90,7 @@ class Reference:
     prompts: list[list[int]]
     replies: list[list[int]]
     texts: list[str]
-    parts: list[tuple[str, str]]
+    parts: list[tuple[str, str] | None]
     ended: list[bool]
     logprobs: list[str]
     beginnings: list[list[str]]
@@ -105,7 +106,8 @@ class Comparison:
         questions, tokens: how many.
         same_prompts, same_texts: how many are equal.
         tied_texts: how many part at a tie.
-        same_ends, same_parts: of the equal texts, those that end alike and come apart alike.
+        same_ends: of the equal texts, those that end alike.
+        well_formed, same_parts: equal texts that are well formed; of them, those that come apart alike.
         ended_here, ended_there: replies that ended by themselves.
         same_tokens, tied_tokens: places with the same greedy token; with another one at a tie.
         mean_kl, largest_kl: nats.
@@ -122,6 +124,7 @@ class Comparison:
     same_texts: int = 0
     tied_texts: int = 0
     same_ends: int = 0
+    well_formed: int = 0
     same_parts: int = 0
     ended_here: int = 0
     ended_there: int = 0
@@ -134,12 +137,12 @@ class Comparison:
     @property
     def rows(self) -> list[tuple[str, str, str, bool]]:
         """The table: what, found, asked, whether it passes."""
-        every, alike = f"要求 {self.questions}/{self.questions}", f"要求 {self.same_texts}/{self.same_texts}"
+        every = f"要求 {self.questions}/{self.questions}"
         texts = f"{self.same_texts}/{self.questions}" + (f"，{self.tied_texts} 在并列处分开" if self.tied_texts else "")
         text_ok = self.same_texts + self.tied_texts == self.questions or not self.bound.same_text
         share = (self.same_tokens + self.tied_tokens) / self.tokens
         tokens = f"{self.same_tokens}/{self.tokens}" + (f"，{self.tied_tokens} 处并列" if self.tied_tokens else "")
-        ends, parts = f"{self.same_ends}/{self.same_texts}", f"{self.same_parts}/{self.same_texts}"
+        ends, parts = f"{self.same_ends}/{self.same_texts}", f"{self.same_parts}/{self.well_formed}"
         stops = set(chat.STOP_TOKENS) <= set(self.stops)
         return [
             ("提示的 token", f"{self.same_prompts}/{self.questions}", every, self.same_prompts == self.questions),
@@ -149,8 +152,8 @@ class Comparison:
             ("最大 KL", f"{self.largest_kl:.2g}", "", True),
             ("log 概率之差，最大", f"{self.largest_difference:.2g}", "", True),
             ("停止符", "、".join(self.stops) or "没有", "要求两个都有", stops),
-            ("文字相同的，结束也相同", ends, alike, self.same_ends == self.same_texts),
-            ("文字相同的，思考与回答的拆分也相同", parts, alike, self.same_parts == self.same_texts),
+            ("相同的文字，结束也相同", ends, "要求全部", self.same_ends == self.same_texts),
+            ("格式完整的，思考与回答的拆分也相同", parts, "要求全部", self.same_parts == self.well_formed),
             ("自己结束", f"{self.ended_there}（检查点 {self.ended_here}）", "", True),
         ]
 
@@ -237,10 +240,10 @@ def ask_checkpoint(
     )
 
 
-def _taken_apart(tokenizer: "PreTrainedTokenizerBase", reply: Sequence[int]) -> tuple[str, str]:
+def _taken_apart(tokenizer: "PreTrainedTokenizerBase", reply: Sequence[int]) -> tuple[str, str] | None:
     text = chat.TokenText(tokenizer)
     parsed = chat.parse_reply("", text.feed(reply) + text.close())
-    return parsed.thinking, parsed.answer
+    return (parsed.thinking, parsed.answer) if parsed.well_formed else None
 
 
 def read_in_fresh_process(
@@ -275,7 +278,7 @@ def read_in_fresh_process(
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"状态 {done.returncode}"]
-        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{lines[-1][:300]}", artefact.name, "没有留下结果")
+        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{lines[-1][:300]}", None, "没有留下结果")
     return read_back.read_result(folder)
 
 
@@ -322,6 +325,7 @@ def _compare_texts(
     if read.text == reference.texts[number]:
         found.same_texts += 1
         found.same_ends += read.ended == reference.ended[number]
+        found.well_formed += reference.parts[number] is not None
         found.same_parts += (read.thinking, read.answer) == reference.parts[number]
         return
     beginnings = reference.beginnings[number]
