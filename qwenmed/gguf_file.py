@@ -241,7 +241,9 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", v
         # The embedding of Qwen3 has more rows than its tokenizer has tokens.
         tokens.append(by_id.get(id_, f"[PAD{id_}]"))
         if id_ in added:
-            types.append(TokenType.CONTROL if added[id_].special else TokenType.USER_DEFINED)
+            # As llama.cpp's converter: what is written <|so|> is a control token, however the tokenizer files it.
+            control = added[id_].special or tokens[-1].startswith("<|")
+            types.append(TokenType.CONTROL if control else TokenType.USER_DEFINED)
         else:
             types.append(TokenType.NORMAL if id_ in by_id else TokenType.UNUSED)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -250,6 +252,8 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", v
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in merges])
+    # No prompt begins with it; without an id of its own llama.cpp would take another token for it.
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(chat.END_OF_TURN))
     writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     writer.add_add_bos_token(False)

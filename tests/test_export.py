@@ -28,7 +28,6 @@ needs_llama = pytest.mark.skipif(
     not __import__("importlib").util.find_spec("llama_cpp"),
     reason="llama-cpp-python is not installed: pip install -e '.[gguf]'",
 )
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -368,61 +367,12 @@ def test_readers_split_as_servers_do(text, parts):
     assert read_back.split(text) == parts
 
 
-def conversations(trained, count=2):
-    return [chat.user_messages(row["question"], GENERAL_PROMPT) for row in trained.rows[:count]]
-
-
-def break_rope(folder):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["rope_parameters"]["rope_theta"] = config["rope_theta"] = 10_000
-    files.write_json(folder / "config.json", config)
-
-
-def break_template(folder):
-    path = folder / "chat_template.jinja"
-    path.write_text(path.read_text(encoding="utf-8").replace("'<|im_start|>' +", "'<|im_start|> ' +"), encoding="utf-8")
-
-
-def break_stops(folder):
-    config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    files.write_json(folder / "generation_config.json", {**config, "eos_token_id": config["eos_token_id"][1]})
-
-
-def untie(folder):
-    """What a careless merge leaves: an output matrix of its own, no longer the embedding."""
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files.write_json(folder / "config.json", {**config, "tie_word_embeddings": False})
-
-
-@pytest.mark.parametrize(
-    ("damage", "word"), [(break_rope, "KL"), (break_template, "提示"), (break_stops, "停止符"), (untie, "KL")]
-)
-def test_self_test_finds_the_well_known_ways_to_break_an_export(best, merged, trained, tmp_path, damage, word):
-    damage(merged)
-    found = self_test.run(
-        best, merged, read_back.TRANSFORMERS, self_test.BOUNDS["bf16"], conversations(trained), 40, CPU, tmp_path
-    )
-    assert any(word in each for each in found.failed), found.failed
-    assert not list(tmp_path.glob(".self-test*"))
-
-
-@needs_gguf
-def test_gguf_is_read_by_transformers_where_llama_cpp_is_missing(best, trained, tmp_path):
-    path = gguf_file.write_gguf(best.path, tmp_path / "a.gguf", "f16")
-    found = self_test.run(
-        best, path, read_back.GGUF_BY_TRANSFORMERS, self_test.BOUNDS["f16"], conversations(trained), 300, CPU, tmp_path
-    )
-    assert not found.failed and found.ended_there == 2 and set(found.stops) == set(chat.STOP_TOKENS)
-
-
 def test_artefact_that_can_not_be_read_is_one_line(best, trained, tmp_path):
     (broken := tmp_path / "broken").mkdir()
+    asked = chat.user_messages(trained.rows[0]["question"], GENERAL_PROMPT)
     with pytest.raises(UserError, match="读不出"):
         self_test.run(
-            best, broken, read_back.TRANSFORMERS, self_test.BOUNDS["exact"], conversations(trained), 4, CPU, tmp_path
+            best, broken, read_back.TRANSFORMERS, self_test.BOUNDS["exact"], [asked], 4, torch.device("cpu"), tmp_path
         )
 
 
@@ -593,7 +543,9 @@ def test_failed_self_test_leaves_nothing(trained, tmp_path, monkeypatch):
 
 
 def break_config(path: Path) -> None:
-    break_rope(path.parent) if json.loads(path.read_text(encoding="utf-8")).setdefault("rope_theta", 1) else None
+    """The rope base that transformers 4 falls back to."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    files.write_json(path, {**config, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}})
 
 
 def test_disk_too_small_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
@@ -609,7 +561,7 @@ def test_disk_too_small_is_told_before_anything_is_written(trained, tmp_path, mo
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interrupted_export_leaves_nothing_under_its_name(trained, tmp_path, number, status):
     command = [sys.executable, ROOT / "export.py", "-c", trained.run, "--to", "merged"]
     process = subprocess.Popen(
