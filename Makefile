@@ -1,4 +1,4 @@
-# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手 → 评估（CPU 即可，安装后约 5 分半）
+# make demo   整条路走一遍：数据 → 全参数训练 → LoRA → 推理 → 医疗助手 → 评估 → 导出（CPU 即可，安装后约 5 分半）
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
@@ -57,6 +57,8 @@ demo: $(VENV)/.ready-eval
 	cd demo_run && $(PY) $(ROOT)/medical_assistant.py -q "$(QUESTION)" -s $(SCENARIO)
 	@echo && echo "== 阶段 5：评估（与训练之前相比）=="
 	cd demo_run && $(PY) $(ROOT)/eval.py -c output/demo-full --base demo -m 320
+	@echo && echo "== 阶段 6：导出，并由另一个进程读出来对照 =="
+	cd demo_run && $(PY) $(ROOT)/export.py -c output/demo-full --to merged
 	@echo
 	@echo "损失曲线：demo_run/output/demo-full/loss.png    批量回答：demo_run/answers.jsonl"
 	@echo "评估报告：demo_run/eval_report/report.html（用浏览器打开）"

@@ -31,6 +31,8 @@ from true_shape import build_true_shape  # noqa: E402
 from qwenmed import files  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "export.json"
+DOCUMENT = ROOT / "docs" / "exporting.md"
+BEGIN, END = "<!-- bench-export: make bench-export -->", "<!-- /bench-export -->"
 SOURCES = ROOT / ".cache" / "llama-cpp-sources"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 TYPES = ("f16", "q8_0")
@@ -60,7 +62,8 @@ def main() -> None:
             results[kind] |= {"seconds_with_self_test": tested["seconds"], "self_test": told["self_test"]}
     results |= {"largest_tensor_mib": round(151_936 * 1024 * 2 / 2**20), **where()}
     files.write_json(RESULTS, results)
-    print(json.dumps(results, ensure_ascii=False, indent=2))
+    update_document(results)
+    print(table(results))
 
 
 def export(model: Path, folder: Path, to: str, *options: str) -> dict:
@@ -121,6 +124,48 @@ def same_tensors(ours: Path, theirs: Path) -> dict:
         )
     )
     return {"tensors": len(there.tensors), "tensors_ours": len(mine), "same_tensors": int(same), "other_keys": keys}
+
+
+def table(results: dict) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"形状为 Qwen3-0.6B、权重随机（bf16）、真正的词表；{results['machine']}，没有 GPU。每次导出是一个单独的进程，时间含启动和导入。",
+        "",
+        "| 导出 | 秒 | 目标 | 内存峰值 MiB | llama.cpp 自己的转换器，秒 | 相同的张量 |",
+        "|---|---|---|---|---|---|",
+        f"| merged（bf16） | **{results['merged']['seconds']}** | ≤ 20 | {results['merged']['peak_mib']:,} | | |",
+    ]
+    limit = 1.3 * results["largest_tensor_mib"] + 500e6 / 2**20
+    for kind, goal in (("f16", ""), ("q8_0", "≤ 25")):
+        found = results[kind]
+        lines.append(
+            f"| GGUF {kind} | **{found['seconds']}** | {goal} | {found['peak_mib']:,}（目标 ≤ {limit:,.0f}） "
+            f"| {found['converter_seconds']} | {found['same_tensors']}/{found['tensors']} |"
+        )
+    lines += [
+        "",
+        f"自检，llama.cpp，8 条回复各 {TOKENS} token（随机权重的分布很平，两个 token 常常并列，回复不会自己结束）：",
+        "",
+        "| 类型 | 含自检共几秒 | 提示相同 | 文字相同 + 并列处分开 | 贪心 token 相同 + 并列 | 平均 KL | 最大 KL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in TYPES:
+        tested = results[kind]["self_test"]
+        lines.append(
+            f"| {kind} | {results[kind]['seconds_with_self_test']} | {tested['same_prompts']}/8 "
+            f"| {tested['same_texts']} + {tested['tied_texts']} / 8 "
+            f"| {tested['same_tokens']} + {tested['tied_tokens']} / {tested['tokens']} "
+            f"| {tested['mean_kl']:.2g} | {tested['largest_kl']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def update_document(results: dict) -> None:
+    """Put the table between its marks in docs/exporting.md."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{after}"})
 
 
 if __name__ == "__main__":
