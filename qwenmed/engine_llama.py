@@ -7,7 +7,8 @@ Limits: one reply at a time. What looks like a control token in a message is bro
 for llama.cpp can't tell a user's text from the template's.
 """
 
-import logging
+import contextlib
+import io
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -183,9 +184,10 @@ def _open(path: Path, threads: int | None) -> "Llama":
         from llama_cpp import Llama
     except ImportError as error:
         raise UserError(f"没有安装 llama-cpp-python（{error}）", None, "请运行 pip install -e '.[gguf]'") from None
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # that a small model has a small context is no news
     try:
-        return Llama(str(path), n_ctx=CONTEXT, n_threads=threads, verbose=False)
+        # The binding takes llama.cpp's warnings for errors and prints them; what matters is raised.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return Llama(str(path), n_ctx=CONTEXT, n_threads=threads, verbose=False)
     except Exception as error:  # ValueError, AssertionError, MemoryError, whatever the binding meets
         raise UserError(f"GGUF 文件无法载入：{str(error)[:200]}", path, "文件可能不完整，请重新导出或下载") from error
 
