@@ -103,9 +103,16 @@ class MedicalAssistant:
         return self.last_reply.answer
 
     def stream(
-        self, question: str, scenario_type: str = DEFAULT_SCENARIO, max_tokens: int = DEFAULT_MAX_TOKENS
+        self,
+        question: str,
+        scenario_type: str = DEFAULT_SCENARIO,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        system: str | None = None,
     ) -> Iterator[tuple[str, str]]:
         """Ask, and yield (kind, piece) pairs as they come.
+
+        Args:
+            system: a system prompt in place of the scenario's; the urgency rules do not depend on it.
 
         Kinds: "emergency", "scenario" (the one that "auto" has chosen, and why), "thinking", "answer", "closing".
         In an emergency its fixed text comes at once, before the model is even loaded, and the model's answer
@@ -128,7 +135,8 @@ class MedicalAssistant:
             scenario_type = chosen.scenario
             yield "scenario", f"{MEDICAL_SCENARIOS[scenario_type]}（{chosen.reason}）"
         self.load_model()
-        prompt = Prompt(self._messages(question, scenario_type, max_tokens), max_tokens, self.settings.think_budget)
+        messages = self._messages(question, system or MEDICAL_PROMPTS[scenario_type], max_tokens)
+        prompt = Prompt(messages, max_tokens, self.settings.think_budget)
         shown = ""
         for event in self._engine.stream(prompt):
             if isinstance(event, Generation):
@@ -217,10 +225,10 @@ class MedicalAssistant:
     def _redacted(self, question: str) -> str:
         return redact.redact(question).text if self.redact else question
 
-    def _messages(self, question: str, scenario: str, max_tokens: int) -> list[dict[str, str]]:
+    def _messages(self, question: str, system: str, max_tokens: int) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
         messages, left_out = conversation.prompt_messages(
-            question, MEDICAL_PROMPTS[scenario], self.history, self._engine, max_tokens, self.truncate_history
+            question, system, self.history, self._engine, max_tokens, self.truncate_history
         )
         if left_out:
             cli.note(f"（上下文已满，这次没有发送最早的 {left_out} 轮对话）")

@@ -49,6 +49,20 @@ def prompt_messages(
     raise AssertionError("the loop returns without turns at the latest")
 
 
+def earlier_turn(question: str, shown: str, scenario: str, notice: str = "") -> AssistantReply:
+    """A turn that only its texts are left of: what a client that keeps the conversation sends back.
+
+    Args:
+        shown: the answer as it was shown, fixed texts included.
+        notice: the model's.
+    """
+    urgency = triage.assess(question)
+    said = triage.models_words(shown, question, notice)
+    return AssistantReply(
+        question, scenario, urgency.level, urgency.reasons, "", shown, said, (), "stop", 0, 0, 0, 0.0, ""
+    )
+
+
 def save(path: Path, history: Sequence[AssistantReply]) -> None:
     """Write a conversation, readable by its owner only (mode 0600)."""
     turns = [{**reply.as_row(), "said": reply.raw_answer} for reply in history]

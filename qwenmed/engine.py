@@ -47,11 +47,11 @@ class Sampling:
     seed: int | None = None
 
     def over(self, default: "Sampling") -> "Sampling":
-        """This one, with the default's temperature and top-p where it says nothing."""
+        """This one, with the default's values where it says nothing."""
         return Sampling(
             default.temperature if self.temperature is None else self.temperature,
             default.top_p if self.top_p is None else self.top_p,
-            self.seed,
+            default.seed if self.seed is None else self.seed,
         )
 
 
@@ -71,11 +71,13 @@ class Prompt:
         max_tokens: limit of new tokens, thinking included.
         think_budget: limit of thinking tokens, its two tags included; 0 asks for no thinking, None sets
             no limit but the room for an answer.
+        sampling: how this reply's tokens are chosen; what is None, or all of it, is as the engine does it.
     """
 
     messages: Messages
     max_tokens: int
     think_budget: int | None = None
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class LlamaEngine:
             UserError: the prompt alone fills the context.
         """
         started = time.perf_counter()
-        ids = self._prompt_ids(prompt.messages)
+        ids, sampling = self._prompt_ids(prompt.messages), (prompt.sampling or MODELS_OWN).over(self._sampling)
         if prompt.think_budget == 0:
             ids += chat.empty_thinking_ids(self._text)
         guide = ReplyGuide(
@@ -100,7 +100,7 @@ class LlamaEngine:
             state="no thinking" if prompt.think_budget == 0 else "open",
         )
         parser, text = chat.ReplyParser(), chat.TokenText(self._text)
-        tokens = self._tokens(ids)
+        tokens = self._tokens(ids, sampling)
         token = next(tokens)
         while True:
             taken = _take(guide, token)
@@ -108,7 +108,7 @@ class LlamaEngine:
             if guide.finish_reason:
                 break
             if taken != [token]:  # they must be read before the next is chosen; what stood before is still cached
-                tokens = self._tokens([*ids, *guide.ids])
+                tokens = self._tokens([*ids, *guide.ids], sampling)
             token = next(tokens)
         tokens.close()
         yield from (Chunk(*piece) for piece in parser.feed(text.close()) + parser.close())
@@ -126,8 +126,7 @@ class LlamaEngine:
             except UserError as error:
                 yield error
 
-    def _tokens(self, ids: Sequence[int]):
-        sampling = self._sampling
+    def _tokens(self, ids: Sequence[int], sampling: Sampling):
         self._llama.set_seed(int(time.time_ns() % 2**31) if sampling.seed is None else sampling.seed)
         return self._llama.generate(
             ids,

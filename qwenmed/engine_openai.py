@@ -188,7 +188,7 @@ class OpenAIEngine:
     ) -> Iterator[Chunk]:
         """Feed a request's stream to the reader, until it ends or the reader has enough."""
         with _explained(self._base_url, self._timeout):
-            response = self._request(messages, reader.room, extra)
+            response = self._request(messages, reader.room, extra, reader.sampling.over(self._sampling))
         with _explained(self._base_url, self._timeout, streaming=True):
             with contextlib.closing(response):
                 for event in response:
@@ -200,10 +200,9 @@ class OpenAIEngine:
             if reader.finish_reason is None:
                 raise ServerError("服务器中途断开，回答不完整", self._base_url, "请再试一次，或查看服务器的日志")
 
-    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any]):
+    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any], sampling: Sampling):
         import openai
 
-        sampling = self._sampling
         fields: dict[str, Any] = {
             "model": self.name,
             "messages": [_harmless(message) for message in messages],

@@ -4,8 +4,6 @@ Sampling follows the model's own generation config where the caller does not say
 top-k and min-p; other fields of it (beams, penalties, forced tokens) are not supported.
 """
 
-import functools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from qwenmed import chat
 from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling, reply_limit
 from qwenmed.errors import UserError
+from qwenmed.running import Row, Running
+from qwenmed.sampler import Sampler
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation import LogitsProcessorList
 
     from qwenmed.decoding import Batch, KeysValues
 
@@ -27,6 +25,8 @@ BATCH_SIZE = 64
 MEMORY_SHARE = 0.6
 # Shared beginnings of prompts that are kept: ten system prompts and a conversation; 0.9 GB in fp32 for Qwen3-0.6B.
 PREFIX_TOKENS = 4096
+# Callers may each ask for a sampling of their own.
+SAMPLERS_KEPT = 256
 
 
 class TransformersEngine:
@@ -53,7 +53,8 @@ class TransformersEngine:
     ) -> None:
         self.name, self.notice, self.fingerprint = name, notice, fingerprint
         self.model, self.tokenizer = model, tokenizer
-        self._sampler = _Sampler(model.generation_config, sampling)
+        self._sampling = sampling
+        self._samplers: dict[Sampling, Sampler] = {}
         self._batch_size = batch_size
         configured = model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
@@ -80,21 +81,21 @@ class TransformersEngine:
         Raises:
             UserError: the prompt alone fills the context, or memory runs out.
         """
-        row = self._row(0, prompt)
+        row = self.row(0, prompt)
         parser = chat.ReplyParser(self.tokenizer.decode(row.ids))
         text = chat.TokenText(self.tokenizer)
         try:
-            batch = self._read([row], keep=True)
+            batch = self.read([row], keep=True)
             while True:
-                token = self._choose(batch, [row])[0]
+                token = row.guide.take(row.sampler.choose(batch.logits, [row.generator])[0])
                 yield from (Chunk(*piece) for piece in parser.feed(text.feed([token])))
                 if row.ended:
                     break
                 batch.step(self.model, [token])
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise _out_of_memory() from error
+            raise out_of_memory() from error
         yield from (Chunk(*piece) for piece in parser.feed(text.close()) + parser.close())
         yield row.generation(parser.reply)
 
@@ -103,55 +104,51 @@ class TransformersEngine:
 
         Prompts are taken a few batches ahead, the longest first, so that rows of a length run together.
         """
-        queue = _Queue(prompts, self._row)
-        active: list[_Row] = []
-        batch, size = None, self._batch_size
+        queue, running, size = _Queue(prompts, self.row), Running(self), self._batch_size
         while True:
             queue.fill(2 * size, 8 * self._batch_size)
             yield from queue.ready()
-            if not queue.waiting and not active:
+            if not queue.waiting and not running.rows:
                 if queue.exhausted:
                     return
                 continue
             try:
-                if arriving := self._arriving(queue, active, size):
-                    groups = self._by_prefix(arriving)
-                    # Before they are read, so that running out of memory loses none.
-                    active += [row for group in groups for row in group]
-                    batch = _joined(batch, functools.reduce(_joined, map(self._read, groups)))
-                tokens = self._choose(batch, active)
-                queue.done |= {row.number: row.generation(self._parse(row)) for row in active if row.ended}
-                going = [i for i, row in enumerate(active) if not row.ended]
-                if len(going) < len(active):
-                    active, tokens = [active[i] for i in going], [tokens[i] for i in going]
-                    batch = batch.keep(going) if going else None
-                if batch:
-                    batch.step(self.model, tokens)
+                if arriving := self._arriving(queue, running.rows, size):
+                    running.add(arriving)
+                taken = running.choose()
+                queue.done |= {row.number: row.generation(self._parse(row)) for row, _ in taken if row.ended}
+                running.advance()
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                batch, size = None, max(1, size // 2)
-                if len(active) == 1:
-                    queue.done[active[0].number] = _out_of_memory()
+                size = max(1, size // 2)
+                lost = running.clear()
+                if len(lost) == 1:
+                    queue.done[lost[0].number] = out_of_memory()
                 else:
-                    queue.waiting = [row.again(self) for row in active] + queue.waiting
-                active = []
-                self._prefixes.clear()
+                    queue.waiting = [row.again(self) for row in lost] + queue.waiting
+                self.forget_prefixes()
 
-    def _arriving(self, queue: "_Queue", active: Sequence["_Row"], size: int) -> list["_Row"]:
+    def _arriving(self, queue: "_Queue", active: Sequence[Row], size: int) -> list[Row]:
         """The rows that join the running ones; a few at a time, for each arrival makes the whole batch be copied."""
         if not queue.waiting:
             return []
-        free = min(size, self._rows_that_fit([*active, *queue.waiting])) - len(active)
+        free = min(size, self.rows_that_fit([*active, *queue.waiting])) - len(active)
         return queue.take(max(1, free)) if not active or free >= max(1, size // 8) else []
 
-    def _row(self, number: int, prompt: Prompt) -> "_Row":
+    def row(self, number: int, prompt: Prompt) -> Row:
+        """A prompt, tokenised, on its way to a reply.
+
+        Raises:
+            UserError: it alone fills the context.
+        """
         ids = chat.render_prompt(self.tokenizer, prompt.messages)
         if prompt.think_budget == 0:
             ids = [*ids, *chat.empty_thinking_ids(self.tokenizer)]
-        return _Row(number, prompt, ids, reply_limit(len(ids), prompt.max_tokens, self.context_length), self)
+        return Row(number, prompt, ids, reply_limit(len(ids), prompt.max_tokens, self.context_length), self)
 
-    def _guide(self, row: "_Row") -> ReplyGuide:
+    def guide(self, row: Row) -> ReplyGuide:
+        """What follows a row's reply token by token."""
         return ReplyGuide(
             row.limit,
             row.prompt.think_budget,
@@ -161,11 +158,11 @@ class TransformersEngine:
             state="no thinking" if row.prompt.think_budget == 0 else _state(row.ids, self._tags),
         )
 
-    def _parse(self, row: "_Row") -> chat.Reply:
+    def _parse(self, row: Row) -> chat.Reply:
         text = chat.TokenText(self.tokenizer)
         return chat.parse_reply(self.tokenizer.decode(row.ids), text.feed(row.guide.ids) + text.close())
 
-    def _read(self, rows: Sequence["_Row"], keep: bool = False) -> "Batch":
+    def read(self, rows: Sequence[Row], keep: bool = False) -> "Batch":
         """Prefill rows that share their system prompt; `keep` remembers the only row's whole prompt too."""
         from qwenmed.decoding import prefill
 
@@ -186,18 +183,27 @@ class TransformersEngine:
         end = ids.index(self._turn_end) + 1 if self._turn_end in ids else 0
         return end if self._turn_end in ids[end:] else 0
 
-    def _by_prefix(self, rows: Sequence["_Row"]) -> list[list["_Row"]]:
-        groups: dict[tuple[int, ...], list[_Row]] = {}
+    def sampler(self, sampling: Sampling | None) -> Sampler:
+        """What chooses tokens for a prompt's own sampling; the same for all prompts that ask for the same."""
+        wanted = (sampling or MODELS_OWN).over(self._sampling)
+        if wanted not in self._samplers:
+            if len(self._samplers) >= SAMPLERS_KEPT:
+                self._samplers.clear()
+            self._samplers[wanted] = Sampler(self.model.generation_config, wanted)
+        return self._samplers[wanted]
+
+    def by_prefix(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows by the beginning that they share."""
+        groups: dict[tuple[int, ...], list[Row]] = {}
         for row in rows:
             groups.setdefault(tuple(row.ids[: self._system_length(row.ids)]), []).append(row)
         return list(groups.values())
 
-    def _choose(self, batch: "Batch", rows: Sequence["_Row"]) -> list[int]:
-        """Each row's next token, which its guide has then taken."""
-        chosen = self._sampler.choose(batch.logits, [row.generator for row in rows])
-        return [row.guide.take(token) for row, token in zip(rows, chosen, strict=True)]
+    def forget_prefixes(self) -> None:
+        """Free the keys and values of the beginnings that prompts share."""
+        self._prefixes.clear()
 
-    def _rows_that_fit(self, rows: Sequence["_Row"]) -> int:
+    def rows_that_fit(self, rows: Sequence[Row]) -> int:
         """How many rows of the longest kind memory has room for; with rows running, what they take counts as free."""
         from qwenmed.decoding import bytes_per_token
         from qwenmed.hardware import free_memory
@@ -216,8 +222,8 @@ class _Queue:
         exhausted: whether all prompts have been taken.
     """
 
-    def __init__(self, prompts: Iterable[Prompt | Any], make_row: Callable[[int, Prompt], "_Row"]) -> None:
-        self.waiting: list[_Row] = []
+    def __init__(self, prompts: Iterable[Prompt | Any], make_row: Callable[[int, Prompt], Row]) -> None:
+        self.waiting: list[Row] = []
         self.done: dict[int, Any] = {}
         self.exhausted = False
         self._source, self._make_row = enumerate(prompts), make_row
@@ -243,86 +249,11 @@ class _Queue:
             yield self.done.pop(self._following)
             self._following += 1
 
-    def take(self, count: int) -> list["_Row"]:
+    def take(self, count: int) -> list[Row]:
         """The longest rows that wait; the one whose result is due comes first, lest it wait for ever."""
         self.waiting.sort(key=lambda row: (row.number != self._following, -row.limit, -len(row.ids)))
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         return taken
-
-
-class _Row:
-    """A prompt on its way to a reply."""
-
-    def __init__(self, number: int, prompt: Prompt, ids: list[int], limit: int, engine: TransformersEngine) -> None:
-        self.number, self.prompt, self.ids, self.limit = number, prompt, ids, limit
-        self.guide = engine._guide(self)
-        self.generator = engine._sampler.generator(engine.model.device)
-        self._started = time.perf_counter()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its reply is finished."""
-        return self.guide.finish_reason is not None
-
-    def again(self, engine: TransformersEngine) -> "_Row":
-        """The same prompt from its beginning."""
-        return _Row(self.number, self.prompt, self.ids, self.limit, engine)
-
-    def generation(self, reply: chat.Reply) -> Generation:
-        """The finished reply."""
-        return self.guide.generation(reply, len(self.ids), time.perf_counter() - self._started)
-
-
-class _Sampler:
-    """Chooses tokens: greedily, or from the warped distribution with a generator of each row's own."""
-
-    def __init__(self, config: Any, sampling: Sampling) -> None:
-        given = sampling.temperature
-        temperature = (config.temperature if config.do_sample else 0) if given is None else given
-        self._greedy = not temperature
-        self._seed = sampling.seed
-        self._temperature = temperature
-        self._top_p = config.top_p if sampling.top_p is None else sampling.top_p
-        self._top_k, self._min_p = config.top_k, config.min_p
-
-    def generator(self, device: "torch.device") -> "torch.Generator | None":
-        """A row's own generator, so that its reply does not depend on the rows beside it; None without a seed."""
-        import torch
-
-        if self._seed is None or self._greedy:
-            return None
-        return torch.Generator(device).manual_seed(self._seed)
-
-    def choose(self, logits: "torch.Tensor", generators: Sequence["torch.Generator | None"]) -> list[int]:
-        """One token id for each row of (rows, vocabulary) logits."""
-        import torch
-
-        if self._greedy:
-            return logits.argmax(dim=-1).tolist()
-        shares = torch.softmax(self._warpers(None, logits), dim=-1)
-        if generators[0] is None:
-            return torch.multinomial(shares, 1).flatten().tolist()
-        return [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(shares, generators, strict=True)]
-
-    @functools.cached_property
-    def _warpers(self) -> "LogitsProcessorList":
-        from transformers.generation import (
-            LogitsProcessorList,
-            MinPLogitsWarper,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        # In the order in which transformers' own generate applies them.
-        steps = LogitsProcessorList([TemperatureLogitsWarper(float(self._temperature))])
-        if self._top_k:
-            steps.append(TopKLogitsWarper(self._top_k))
-        if self._top_p is not None and self._top_p < 1:
-            steps.append(TopPLogitsWarper(self._top_p))
-        if self._min_p:
-            steps.append(MinPLogitsWarper(self._min_p))
-        return steps
 
 
 class _Prefixes:
@@ -359,22 +290,19 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _joined(batch: "Batch | None", arrived: "Batch") -> "Batch":
-    return batch.join(arrived) if batch else arrived
-
-
 def _state(ids: Sequence[int], tags: tuple[int, int]) -> str:
     """How the prompt leaves the reply: some templates open the thinking themselves."""
     last = next((token for token in reversed(ids[-8:]) if token in tags), None)
     return "thinking" if last == tags[0] else "open"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; torch's CPU allocator raises a plain RuntimeError for it."""
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _out_of_memory() -> UserError:
+def out_of_memory() -> UserError:
+    """What is told when memory ran out over a single question."""
     return UserError("内存或显存不足，放不下这一个问题", None, "请减小 -m，缩短问题，或换小一些的模型")

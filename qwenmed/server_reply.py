@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwenmed import chat
-from qwenmed.engine import LOOP_INTERVAL, Chunk, Generation, Prompt, find_loop, thinking_limit
+from qwenmed.engine import LOOP_INTERVAL, MODELS_OWN, Chunk, Generation, Prompt, find_loop, thinking_limit
 
 
 class Reader:
     """Puts a reply together from the events of its stream, or of two."""
 
     def __init__(self, prompt: Prompt) -> None:
+        self.sampling = prompt.sampling or MODELS_OWN
         self._max_tokens = prompt.max_tokens
         self._budget = thinking_limit(prompt.max_tokens, prompt.think_budget)
         self._parser: chat.ReplyParser | None = chat.ReplyParser()  # for a content that holds the thinking

@@ -272,6 +272,43 @@ class ExportSettings:
         return self.to in ("gguf", "ollama")
 
 
+ADDRESS, LOAD = "地址与密钥", "负载"
+
+
+@dataclasses.dataclass
+class ServeSettings:
+    """Where the server listens, and how much it takes on."""
+
+    host: str = setting("127.0.0.1", "监听的地址；不是本机的地址需要密钥", ADDRESS)
+    port: int = setting(8000, "端口", ADDRESS)
+    api_key_file: str | None = setting(
+        None, "API 密钥，每行一个；请求里用 Authorization: Bearer 密钥", ADDRESS, metavar="FILE"
+    )
+    log_content: bool = setting(False, "把问题和回答打印到 stderr（默认从不记录）", ADDRESS)
+
+    slots: int = setting(32, "同时生成多少条回复（llama.cpp 总是 1）", LOAD)
+    waiting: int = setting(64, "另有多少个请求可以等待；再多就回答 429", LOAD)
+    request_timeout: float = setting(300.0, "一个请求最多多少秒", LOAD)
+    max_tokens: int = setting(2048, "每条回复最多多少 token；请求可以要得更少", LOAD, short="-m")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: a value is outside of its range.
+        """
+        require(self, "port", 0 < self.port < 65536, "应在 1 与 65535 之间")
+        require(self, "slots", 1 <= self.slots <= 1024, "应在 1 与 1024 之间")
+        require(self, "waiting", 0 <= self.waiting <= 4096, "应在 0 与 4096 之间")
+        require(self, "request_timeout", 0 < self.request_timeout <= 86_400, "应大于 0，至多一天")
+        require(self, "max_tokens", 1 <= self.max_tokens <= 32_768, "应在 1 与 32768 之间")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 

@@ -277,3 +277,13 @@ def close_answer(answer: str, notice: str = "", urgency: Urgency = Urgency(ROUTI
     body = answer.replace(DISCLAIMER, "").strip()
     today = SEE_A_DOCTOR_TODAY if urgency.level == URGENT else ""
     return "\n\n".join(part for part in (emergency_text(urgency), body, today, notice, DISCLAIMER) if part)
+
+
+def models_words(shown: str, question: str, notice: str = "") -> str:
+    """What the model itself said in an answer that `close_answer` and `check_answer` have made.
+
+    A client that keeps a conversation sends the whole answer back; the fixed texts in it are none of the model's.
+    """
+    fixed = {SEE_A_DOCTOR_TODAY, DISCLAIMER, notice, *_CAUTIONS.values()}
+    own = shown.strip().removeprefix(emergency_text(assess(question))).split("\n\n")
+    return "\n\n".join(part for part in own if part.strip() not in fixed).strip()

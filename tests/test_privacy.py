@@ -191,9 +191,9 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import medical_assistant
 from qwenmed import cli
-from qwenmed.engine_transformers import TransformersEngine
+from qwenmed.sampler import Sampler
 def broken(self, *arguments, **options): raise RuntimeError("the card has gone")
-TransformersEngine._choose = broken
+Sampler.choose = broken
 cli.run(medical_assistant.main)
 """
 
