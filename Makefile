@@ -2,9 +2,11 @@
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
+# make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
+# make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
 # make lint   代码检查
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
@@ -15,7 +17,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports bench-assistant bench-eval bench-export lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve screenshots bench-assistant bench-eval bench-export bench-serve lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -72,7 +74,7 @@ QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼�
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
 test-faults: $(VENV)/.ready-dev
@@ -81,7 +83,15 @@ test-faults: $(VENV)/.ready-dev
 
 # 需要 llama.cpp 的测试也在这里；一个进程，因为 0.6B 的模型用得上两个核。
 test-exports: $(VENV)/.ready-gguf
-	$(PY) -m pytest tests/exports tests/test_engine_llama.py tests/test_export.py
+	$(PY) -m pytest tests/exports tests/test_engine_llama.py
+	$(PY) -m pytest tests/test_export.py -k k_quants
+
+# API 与网页（网页需要 Chromium）。
+test-serve: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/serving
+
+screenshots: $(VENV)/.ready-dev
+	SCREENSHOTS=$(ROOT)/docs/images $(PY) -m pytest tests/serving/test_chat_page.py
 
 # 其中 llama.cpp 一项需要 pip install -e '.[gguf]'（没有现成的 wheel 时要编译约十分钟）。
 bench-assistant: $(VENV)/.ready-dev
@@ -90,6 +100,10 @@ bench-assistant: $(VENV)/.ready-dev
 # 需要 ../shared/data 里的真实样本。
 bench-eval: $(VENV)/.ready-dev
 	$(PY) benchmarks/evaluation.py
+
+# 在 make demo 之后：用它训练的模型。
+bench-serve: $(VENV)/.ready-dev
+	$(PY) benchmarks/serving.py
 
 bench-export: $(VENV)/.ready-gguf
 	$(PY) benchmarks/export.py

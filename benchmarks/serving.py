@@ -142,15 +142,20 @@ def overhead(checkpoint: Path) -> dict:
         *_, made = engine.stream(Prompt(messages, TOKENS, sampling=Sampling(1.9, None, seed)))
         return (made.thinking_tokens + made.answer_tokens) / (time.perf_counter() - started)
 
-    async def served(seed: int) -> float:
-        async with httpx.AsyncClient(timeout=300) as client:
-            started = time.perf_counter()
-            return await ask(client, seed) / (time.perf_counter() - started)
+    def served(seed: int) -> float:
+        # curl, because a client in Python takes a good part of a core from the server beside it.
+        command = ["curl", "-sN", f"{URL}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", "@-"]
+        started = time.perf_counter()
+        out = subprocess.run(command, input=json.dumps(body(seed)).encode(), capture_output=True, check=True).stdout
+        taken = time.perf_counter() - started
+        *_, usage, done = [line for line in out.decode().splitlines() if line]
+        assert done == "data: [DONE]", done
+        return json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] / taken
 
     rates = {"engine": [], "server": []}
     for seed in range(8):
         rates["engine"].append(direct(seed))
-        rates["server"].append(asyncio.run(served(seed)))
+        rates["server"].append(served(seed))
     engine_rate, server_rate = (statistics.median(rates[name]) for name in ("engine", "server"))
     return {
         "engine": round(engine_rate, 1),

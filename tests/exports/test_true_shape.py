@@ -35,7 +35,17 @@ def test_merged_folder_is_the_same_weights(model, tmp_path):
     from safetensors import safe_open
 
     done = run_script(
-        "export.py", "-c", model, "--to", "merged", "-o", "out", *SHORT, cwd=tmp_path, timeout=900, env=ALL_CORES
+        "export.py",
+        "-c",
+        model,
+        "--to",
+        "merged",
+        "-o",
+        "out",
+        "--no-self-test",
+        cwd=tmp_path,
+        timeout=900,
+        env=ALL_CORES,
     )
     assert done.status == 0, done.err
     with (
@@ -44,7 +54,6 @@ def test_merged_folder_is_the_same_weights(model, tmp_path):
     ):
         assert set(before.keys()) == set(after.keys()) and len(before.keys()) == 310
         assert all(before.get_tensor(name).equal(after.get_tensor(name)) for name in before.keys())  # noqa: SIM118
-    assert told(tmp_path / "out")["same_texts"] == 8 and told(tmp_path / "out")["mean_kl"] == 0
 
 
 @needs_llama

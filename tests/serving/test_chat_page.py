@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_serve import EMERGENCY, idle, running_server
+from test_api import EMERGENCY, idle, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here (Debian package chromium)")
