@@ -235,6 +235,10 @@ class _Reply:
             outcome = "failed"
             code, words, param = error.detail
             yield _sse(error_body(words, error_kind(error.status_code), code, param))
+        except Exception as error:  # the status is sent already; the client must still learn of it
+            outcome = "failed"
+            cli.note(f"出错：{type(error).__name__}")
+            yield _sse(error_body("服务器内部错误", "server_error", "internal_error"))
         finally:
             self._leave(outcome)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # How long the decoding thread may take to end when the server closes.
 CLOSE_SECONDS = 10
+# How often a caller who waits for a place looks whether it is still wanted.
+WAIT_SECONDS = 0.2
 
 
 class Cancelled(Exception):
@@ -93,15 +95,18 @@ class Scheduler:
             self._thread.join(CLOSE_SECONDS)
 
     def _by_itself(self, prompt: Prompt, ticket: Ticket) -> Iterator[Chunk | Generation]:
-        with self._free:
+        while not self._free.acquire(timeout=WAIT_SECONDS):
+            if ticket.cancelled:  # who has gone does not wait for a place
+                raise Cancelled
+        try:
             self._direct += 1
-            try:
-                for event in self.engine.stream(prompt):
-                    if ticket.cancelled:
-                        raise Cancelled
-                    yield event
-            finally:
-                self._direct -= 1
+            for event in self.engine.stream(prompt):
+                if ticket.cancelled:
+                    raise Cancelled
+                yield event
+        finally:
+            self._direct -= 1
+            self._free.release()
 
     def _batched(self, prompt: Prompt, ticket: Ticket) -> Iterator[Chunk | Generation]:
         engine: TransformersEngine = self.engine

@@ -112,3 +112,36 @@ def test_failing_engine_tells_everybody_and_goes_on(engine, trained):
     with pytest.raises(Cancelled):
         list(events)
     scheduler.close()
+
+
+def test_engine_that_answers_one_at_a_time_is_asked_one_at_a_time():
+    from fakes import Instant
+
+    busy, most, lock = 0, 0, threading.Lock()
+
+    class Slow(Instant):
+        def stream(self, prompt):
+            nonlocal busy, most
+            with lock:
+                busy, most = busy + 1, max(most, busy + 1)
+            yield from super().stream(prompt)
+            with lock:
+                busy -= 1
+
+    scheduler, found = Scheduler(Slow(), 1), []
+    prompt = Prompt(chat.user_messages("头痛", None), 20)
+    threads = [threading.Thread(target=lambda: found.append(list(Caller(scheduler).stream(prompt)))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 8 and most == 1 and scheduler.active == 0
+    holder, waiting = Ticket(), Ticket()
+    first = scheduler.stream(prompt, holder)
+    next(first)
+    second = threading.Thread(target=lambda: pytest.raises(Cancelled, list, scheduler.stream(prompt, waiting)))
+    second.start()
+    waiting.cancel()
+    second.join(10)
+    assert not second.is_alive()
+    scheduler.close()
