@@ -135,7 +135,7 @@ class MedicalAssistant:
             scenario_type = chosen.scenario
             yield "scenario", f"{MEDICAL_SCENARIOS[scenario_type]}（{chosen.reason}）"
         self.load_model()
-        messages = self._messages(question, system or MEDICAL_PROMPTS[scenario_type], max_tokens)
+        messages = self._messages(question, scenario_type, max_tokens, system)
         prompt = Prompt(messages, max_tokens, self.settings.think_budget)
         shown = ""
         for event in self._engine.stream(prompt):
@@ -225,10 +225,17 @@ class MedicalAssistant:
     def _redacted(self, question: str) -> str:
         return redact.redact(question).text if self.redact else question
 
-    def _messages(self, question: str, system: str, max_tokens: int) -> list[dict[str, str]]:
+    def _messages(
+        self, question: str, scenario: str, max_tokens: int, system: str | None = None
+    ) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
         messages, left_out = conversation.prompt_messages(
-            question, system, self.history, self._engine, max_tokens, self.truncate_history
+            question,
+            system or MEDICAL_PROMPTS[scenario],
+            self.history,
+            self._engine,
+            max_tokens,
+            self.truncate_history,
         )
         if left_out:
             cli.note(f"（上下文已满，这次没有发送最早的 {left_out} 轮对话）")

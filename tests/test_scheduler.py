@@ -124,9 +124,11 @@ def test_engine_that_answers_one_at_a_time_is_asked_one_at_a_time():
             nonlocal busy, most
             with lock:
                 busy, most = busy + 1, max(most, busy + 1)
-            yield from super().stream(prompt)
-            with lock:
-                busy -= 1
+            try:
+                yield from super().stream(prompt)
+            finally:
+                with lock:
+                    busy -= 1
 
     scheduler, found = Scheduler(Slow(), 1), []
     prompt = Prompt(chat.user_messages("头痛", None), 20)
