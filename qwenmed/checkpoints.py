@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,15 +249,19 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
     return model
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of each tensor in a folder's safetensors, without loading any."""
+def tensor_slices(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The name of each tensor in a folder's safetensors, and what tells its shape and type without loading it."""
     from safetensors import safe_open
 
-    shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  no iterator
-    return shapes
+            for name in weights.keys():  # noqa: SIM118  no iterator
+                yield name, weights.get_slice(name)
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a folder's safetensors, without loading any."""
+    return {name: each.get_shape() for name, each in tensor_slices(folder)}
 
 
 def count_parameters(folder: Path) -> int:

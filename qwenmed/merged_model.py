@@ -60,13 +60,7 @@ def write_merged(checkpoint: checkpoints.Checkpoint, folder: Path, dtype: str) -
 
 def stored_dtype(folder: Path) -> str:
     """The number type of a model folder's matrices, a key of `DTYPES`; of several the widest."""
-    from safetensors import safe_open
-
-    found = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            slices = (weights.get_slice(name) for name in weights.keys())  # noqa: SIM118  no iterator
-            found |= {each.get_dtype() for each in slices if len(each.get_shape()) > 1}
+    found = {each.get_dtype() for _, each in checkpoints.tensor_slices(folder) if len(each.get_shape()) > 1}
     known = {stored: name for name, (stored, _) in DTYPES.items()}
     return max((known.get(each, "fp32") for each in found), key=lambda name: (BYTES[name], name))
 

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +23,14 @@ REAL_SAMPLE = ROOT.parent / "shared" / "data" / "medical_r1_sample.jsonl"
 
 # What a model needs to learn eight records by heart in about 20 seconds on 2 cores.
 QUICK = ["--max-steps", "110", "--batch-size", "4", "--eval-steps", "0.5", "--logging-steps", "10"]
+
+needs_gguf = pytest.mark.skipif(
+    not importlib.util.find_spec("gguf"), reason="gguf is not installed: pip install -e '.[gguf]'"
+)
+needs_llama = pytest.mark.skipif(
+    not importlib.util.find_spec("llama_cpp"),
+    reason="llama-cpp-python is not installed: pip install -e '.[gguf]'",
+)
 
 
 @dataclass
@@ -208,3 +217,38 @@ def small_data(tmp_path, demo_rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def best(trained):
+    """The checkpoint of the trained demo model."""
+    from qwenmed import checkpoints
+
+    return checkpoints.find(str(trained.run))
+
+
+@pytest.fixture(scope="module")
+def adapter(best, tmp_path_factory) -> Path:
+    """A LoRA adapter on it, random, whose card knows the base's hash."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from qwenmed import checkpoints
+
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(checkpoints.load_base(best.path, torch.float32), config).save_pretrained(folder)
+    checkpoints.write_card(folder, {"base_weights_sha256": checkpoints.weights_sha256(best.path)})
+    return folder
+
+
+@pytest.fixture
+def merged(best, tmp_path) -> Path:
+    """The trained model, written for other programs."""
+    from qwenmed import merged_model
+
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    merged_model.write_merged(best, folder, "fp32")
+    return folder

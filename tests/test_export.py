@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, needs_gguf, needs_llama, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,42 +18,6 @@ from prompts import GENERAL_PROMPT
 from qwenmed import chat, checkpoints, files, gguf_file, merged_model, model_card, read_back, self_test
 from qwenmed.errors import UserError
 from qwenmed.settings import ExportSettings
-
-needs_gguf = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("gguf"), reason="gguf is not installed: pip install -e '.[gguf]'"
-)
-needs_llama = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("llama_cpp"),
-    reason="llama-cpp-python is not installed: pip install -e '.[gguf]'",
-)
-
-
-@pytest.fixture(scope="module")
-def best(trained) -> checkpoints.Checkpoint:
-    """The trained demo model."""
-    return checkpoints.find(str(trained.run))
-
-
-@pytest.fixture(scope="module")
-def adapter(best, tmp_path_factory) -> Path:
-    """A LoRA adapter on it, random, whose card knows the base's hash."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(checkpoints.load_base(best.path, torch.float32), config).save_pretrained(folder)
-    checkpoints.write_card(folder, {"base_weights_sha256": checkpoints.weights_sha256(best.path)})
-    return folder
-
-
-@pytest.fixture
-def merged(best, tmp_path) -> Path:
-    """The trained model, written for other programs."""
-    folder = tmp_path / "merged"
-    folder.mkdir()
-    merged_model.write_merged(best, folder, "fp32")
-    return folder
 
 
 def logits_of(folder: Path) -> torch.Tensor:

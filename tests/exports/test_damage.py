@@ -4,26 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import Workplace
 from safetensors.torch import load_file, save_file
 
 from prompts import GENERAL_PROMPT
-from qwenmed import chat, checkpoints, files, gguf_file, merged_model, read_back, self_test
-
-
-@pytest.fixture
-def best(trained: Workplace) -> checkpoints.Checkpoint:
-    """The trained demo model."""
-    return checkpoints.find(str(trained.run))
-
-
-@pytest.fixture
-def merged(best, tmp_path):
-    """The trained model, written for other programs."""
-    folder = tmp_path / "merged"
-    folder.mkdir()
-    merged_model.write_merged(best, folder, "fp32")
-    return folder
+from qwenmed import chat, files, gguf_file, read_back, self_test
 
 
 def conversations(trained, count=2):

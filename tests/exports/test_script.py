@@ -10,40 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, needs_gguf, needs_llama, run_script
 
 from prompts import MEDICAL_PROMPTS
 from qwenmed import chat, checkpoints, merged_model
-
-needs_gguf = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("gguf"), reason="gguf is not installed: pip install -e '.[gguf]'"
-)
-
-
-needs_llama = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("llama_cpp"),
-    reason="llama-cpp-python is not installed: pip install -e '.[gguf]'",
-)
-
-
-@pytest.fixture(scope="module")
-def best(trained) -> checkpoints.Checkpoint:
-    """The trained demo model."""
-    return checkpoints.find(str(trained.run))
-
-
-@pytest.fixture(scope="module")
-def adapter(best, tmp_path_factory) -> Path:
-    """A LoRA adapter on it, random, whose card knows the base's hash."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(checkpoints.load_base(best.path, torch.float32), config).save_pretrained(folder)
-    checkpoints.write_card(folder, {"base_weights_sha256": checkpoints.weights_sha256(best.path)})
-    return folder
 
 
 @pytest.fixture(scope="module")

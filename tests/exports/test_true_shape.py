@@ -6,16 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, needs_llama, run_script
 from true_shape import build_true_shape
 
 from qwenmed.triage import DISCLAIMER
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install -e '.[gguf]'")
-needs_llama = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("llama_cpp"),
-    reason="llama-cpp-python is not installed: pip install -e '.[gguf]'",
-)
 # Random weights never end a reply, and a token takes a tenth of a second.
 SHORT = ["--self-test-tokens", "8"]
 # An environment of its own means a process of its own, which is not held to one thread.
