@@ -29,7 +29,8 @@ from qwenmed import (
     judge,
     leaks,
     lm_tasks,
-    records,
+    scenarios,
+    sources,
     terminal,
     text_scores,
     tracking,
@@ -171,7 +172,7 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
     path = Path(settings.data)
     if not path.exists():
         raise UserError("评估数据不存在", path, "请先运行 python data.py，或用 --data 指定文件")
-    every = records.read_clean_records(path)
+    every = sources.read_clean_records(path)
     trained = {each.label: leaks.trained_on(each.folders) for each in candidates if each.folders}
     seen = set().union(*(each.texts for each in trained.values()))
     leaked = [record.place for record in every if leaks.record_fingerprints(record) & seen]
@@ -184,7 +185,7 @@ def load_items(settings: EvalSettings, candidates: Sequence[Candidate]) -> tuple
     cli.note(f"{path}：{len(every)} 条记录，{fate}训练过的 {len(leaked)} 条，评估 {len(kept[: settings.limit])} 条")
     items = []
     for number, record in enumerate(kept[: settings.limit], 1):
-        system = records.system_prompts(record, GENERAL_PROMPT, MEDICAL_PROMPTS, settings.system_prompts)[0]
+        system = scenarios.system_prompts(record, GENERAL_PROMPT, MEDICAL_PROMPTS, settings.system_prompts)[0]
         items.append(Item(str(number), record, record.scenario or suggest_scenario(record.question).scenario, system))
     return items, {
         "file": str(path),

@@ -26,7 +26,7 @@ from conftest import REAL_SAMPLE  # noqa: E402
 from test_real_sample import CACHE, build_real_tokenizer  # noqa: E402
 
 from prompts import GENERAL_PROMPT  # noqa: E402
-from qwenmed import chat, checkpoints, files, records, scoring  # noqa: E402
+from qwenmed import chat, checkpoints, files, scoring, sources  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
 
@@ -51,7 +51,7 @@ def model_and_references():
         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    found = records.read_records(REAL_SAMPLE)[0]
+    found = sources.read_records(REAL_SAMPLE)[0]
     rows = [chat.training_row(record, GENERAL_PROMPT) for record in found]
     return Qwen3ForCausalLM(config).eval(), [scoring.reference(tokenizer, row) for row in rows]
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qwenmed import files, records
+from qwenmed import files, rows
 from qwenmed.errors import UserError
+from qwenmed.records import Problem
 
 # Stands for a scenario that is chosen by the question.
 AUTO = "auto"
@@ -75,7 +76,7 @@ class Requests:
 
 def parse_request(row: object, number: int, scenarios: Collection[str], scenario: str, max_tokens: int) -> Request:
     """One row as a request; what is wrong with it goes into `error`."""
-    if isinstance(row, records.Problem):
+    if isinstance(row, Problem):
         return Request(number, "", scenario, max_tokens, error=row.reason)
     if not files.is_encodable(row):
         return Request(number, "", scenario, max_tokens, error="含有无法编码的字符（半个代理对）")
@@ -186,7 +187,7 @@ def _key(row: Mapping[str, Any]) -> bytes:
 def _rows(path: Path) -> Iterator[object]:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".csv"):
-        return (row for _, row in records.read_rows(files.require_file(path, "批量文件")))
+        return (row for _, row in rows.read_rows(files.require_file(path, "批量文件")))
     if suffix != ".json":
         files.require_file(path, "批量文件")
         raise UserError(

@@ -42,9 +42,6 @@ WRITTEN_LESS_THAN = "\U000f003c"
 # One think block and then the answer.
 _ONE_BLOCK = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*", re.DOTALL)
 
-# A shortened thinking keeps its beginning and end; in between stands this.
-ELLIPSIS = "\n……\n"
-
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
@@ -69,11 +66,20 @@ def user_messages(question: str, system: str | None, history: Sequence[dict[str,
     return [*opening, *history, {"role": "user", "content": question}]
 
 
+def record_messages(record: Record, system: str) -> list[dict[str, str]]:
+    """The messages of a record's prompt: its earlier turns, without their thinking, stand before its question."""
+    roles = ("user", "assistant")
+    history = [
+        {"role": role, "content": text} for turn in record.history for role, text in zip(roles, turn, strict=True)
+    ]
+    return without_thinking(user_messages(record.question, system, history))
+
+
 def training_row(record: Record, system: str) -> dict[str, Any]:
     """A record as TRL's conversational prompt/completion row; loss falls on the completion only."""
     completion = {"role": "assistant", "reasoning_content": record.think, "content": record.answer}
     return {
-        "prompt": user_messages(record.question, system),
+        "prompt": record_messages(record, system),
         "completion": [completion],
         "chat_template_kwargs": SANITIZE,
     }
@@ -145,67 +151,6 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             getattr(tokenizer, "name_or_path", None),
             "请使用 Qwen3 自带的对话模板",
         )
-
-
-@dataclasses.dataclass
-class LengthReport:
-    """What fitting rows to a length did: counts of rows kept whole, shortened and dropped."""
-
-    whole: int = 0
-    shortened: int = 0
-    dropped: list[str] = dataclasses.field(default_factory=list)
-    lengths: list[int] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"完整 {self.whole} 条，缩短思考 {self.shortened} 条，丢弃 {len(self.dropped)} 条"
-
-
-def fit_rows(
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: Iterable[tuple[Record, str]],
-    max_length: int,
-    overlong: str,
-) -> tuple[list[dict[str, Any]], LengthReport]:
-    """Turn (record, system prompt) pairs into training rows of at most `max_length` tokens.
-
-    No sample ever loses its end: what is too long is dropped or, with `overlong="shorten"`, has the middle
-    of its thinking taken out; it is dropped all the same if prompt and answer alone don't fit.
-    """
-    rows, report = [], LengthReport()
-    for record, system in samples:
-        row = training_row(record, system)
-        length = len(render_sample(tokenizer, row)[0])
-        if length <= max_length:
-            report.whole += 1
-        else:
-            shorter = shorten_thinking(tokenizer, record, system, max_length) if overlong == "shorten" else None
-            if shorter is None:
-                report.dropped.append(record.place)
-                continue
-            row, length = shorter
-            report.shortened += 1
-        rows.append(row)
-        report.lengths.append(length)
-    return rows, report
-
-
-def shorten_thinking(
-    tokenizer: "PreTrainedTokenizerBase", record: Record, system: str, max_length: int
-) -> tuple[dict[str, Any], int] | None:
-    """The row and its length with just as much thinking as fits, or None if none does."""
-    low, high, best = 0, len(record.think) - 1, None
-    while low <= high:
-        keep = (low + high) // 2
-        head = (keep + 1) // 2
-        tail = keep - head
-        think = (record.think[:head] + ELLIPSIS + record.think[len(record.think) - tail :]) if keep else ""
-        row = training_row(dataclasses.replace(record, think=think), system)
-        length = len(render_sample(tokenizer, row)[0])
-        if length <= max_length:
-            best, low = (row, length), keep + 1
-        else:
-            high = keep - 1
-    return best
 
 
 def parse_reply(prompt: str, text: str) -> Reply:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenmed import chat, files, records
+from qwenmed import chat, files, records, rows
 from qwenmed.errors import UserError
 from qwenmed.scoring import Marked, summed_losses
 
@@ -67,7 +67,7 @@ def read_choices(path: Path) -> list[Choice]:
         UserError: the file is missing or broken, or a row is no such question; file and line are named.
     """
     choices = []
-    for number, (place, row) in enumerate(records.read_rows(files.require_file(path, "选择题文件")), 1):
+    for number, (place, row) in enumerate(rows.read_rows(files.require_file(path, "选择题文件")), 1):
         found = _parsed(row, number)
         if isinstance(found, str):
             raise UserError(found, place, '应为 {"question": "…", "options": ["…", "…"], "answer": "A"}')

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenmed import files
-from qwenmed.records import Record, read_clean_records
+from qwenmed.records import Record
 from qwenmed.settings import RECOMMENDATION_FILE
+from qwenmed.sources import read_clean_records
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 DEMO_MODEL = "demo"

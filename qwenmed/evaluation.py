@@ -22,7 +22,7 @@ from qwenmed import (
     files,
     hardware,
     lm_tasks,
-    records,
+    rows,
     scoring,
     triage,
 )
@@ -132,7 +132,7 @@ def read_urgency_questions(path: Path = URGENCY_QUESTIONS) -> list[UrgencyQuesti
         UserError: the file is missing or broken, or a row lacks one of them.
     """
     found = []
-    for number, (place, row) in enumerate(records.read_rows(files.require_file(path, "紧急程度题文件")), 1):
+    for number, (place, row) in enumerate(rows.read_rows(files.require_file(path, "紧急程度题文件")), 1):
         question = row.get("question") if isinstance(row, dict) else None
         emergency = row.get("emergency", row.get("level")) if isinstance(row, dict) else None
         if not isinstance(question, str) or not question.strip() or emergency is None:
@@ -285,7 +285,7 @@ def _questions(
             references = {"reference": item.record.answer, "reference_thinking": item.record.think}
             key = [*settings, item.system, references]
             row = _row(candidate, ANSWERS, item.id, item.record.question, item.scenario, key)
-            yield {**row, **references}, chat.user_messages(item.record.question, item.system)
+            yield {**row, **references}, chat.record_messages(item.record, item.system)
     if CHOICES in plan.parts:
         for choice in plan.choices:
             row = _row(

@@ -31,7 +31,7 @@ from qwenmed.hub_clients import (
     disk_error,
     reason,
 )
-from qwenmed.records import DATA_SUFFIXES
+from qwenmed.rows import DATA_SUFFIXES
 
 # The data set of the original project. No copy of it on Hugging Face could be verified.
 DATASET_IDS: dict[str, str | None] = {MODELSCOPE: "krisfu/delicate_medical_r1_data", HUGGINGFACE: None}

@@ -137,7 +137,7 @@ class Run:
             sampling = Sampling(seed=self.settings.seed)
             engine = TransformersEngine(model, tokenizer, sampling)
             prompts = [
-                Prompt(chat.user_messages(record.question, record.system or general), self.settings.sample_tokens)
+                Prompt(chat.record_messages(record, record.system or general), self.settings.sample_tokens)
                 for record in wanted
             ]
             replies = list(engine.generate(prompts))

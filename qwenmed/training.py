@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, records
+from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, lengths, records, scenarios, sources
 from qwenmed.errors import UserError
 from qwenmed.settings import LoraSettings, Settings, TrainSettings, listed, load_settings, recommended
 
@@ -133,13 +133,13 @@ def load_rows(
     for part, name in (("train", settings.train_file), ("val", settings.val_file)):
         path = Path(name)
         files.check_belong_together(path)
-        found = records.read_clean_records(path)
+        found = sources.read_clean_records(path)
         samples = [
             (record, system)
             for record in found
-            for system in records.system_prompts(record, general, by_scenario, settings.system_prompts)
+            for system in scenarios.system_prompts(record, general, by_scenario, settings.system_prompts)
         ]
-        rows, report = chat.fit_rows(tokenizer, samples, settings.max_length, settings.overlong)
+        rows, report = lengths.fit_rows(tokenizer, samples, settings.max_length, settings.overlong)
         cli.note(f"{path}：{len(found)} 条记录 → {len(rows)} 个样本（{report}）")
         if not rows:
             raise UserError(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
 
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS
-from qwenmed import chat, records, terminal
+from qwenmed import chat, records, schemas, terminal
 from qwenmed.batch import Requests
 from qwenmed.controls import as_plain_words, json_line, printable
 from qwenmed.engine import Chunk, Generation, Prompt
@@ -353,6 +353,7 @@ def test_formatted_row_holds_control_tokens_of_the_format_only(tokenizer, questi
     found = control_ids(tokenizer, tokenizer(row["output"], add_special_tokens=False)["input_ids"])
     assert found == ["<think>", "</think>"]
     assert not control_ids(tokenizer, tokenizer(row["input"], add_special_tokens=False)["input_ids"])
-    again = records.parse_row(row, "f:1")
-    if isinstance(again, Record):  # a text of blanks is none
+    again = schemas.parse_row(row, "f:1")
+    if isinstance(again, list):  # a text of blanks is none
+        (again,) = again
         assert (again.think, again.answer) == (as_plain_words(think).strip(), as_plain_words(answer).strip())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REAL_SAMPLE, ROOT, run_script
 
-from qwenmed import chat, checkpoints, records
+from qwenmed import chat, checkpoints, lengths, records, sources
 
 CACHE = ROOT / ".cache" / "qwen3-tokenizer"
 
@@ -63,7 +63,7 @@ def real_tokenizer():
 
 @pytest.fixture(scope="module")
 def found():
-    return records.read_records(REAL_SAMPLE)[0]
+    return sources.read_records(REAL_SAMPLE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_every_record_trains_thinking_answer_and_end_of_turn_only(real_tokenizer
 
 
 def test_overlong_real_records_keep_their_end(real_tokenizer, found):
-    rows, report = chat.fit_rows(real_tokenizer, [(record, "系统") for record in found], 700, "shorten")
+    rows, report = lengths.fit_rows(real_tokenizer, [(record, "系统") for record in found], 700, "shorten")
     assert report.shortened > 10 and report.whole > 10
     for row, length in zip(rows, report.lengths, strict=True):
         ids, _ = chat.render_sample(real_tokenizer, row)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenmed import files, records
+from qwenmed import files, records, scenarios, schemas, sources, splitting
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
 
@@ -17,7 +17,7 @@ ROW = {"instruction": "i", "question": "头痛？", "think": "想", "answer": "�
 
 
 def read(path):
-    found, problems = records.read_records(path)
+    found, problems = sources.read_records(path)
     return [(r.question, r.think, r.answer) for r in found], problems
 
 
@@ -107,39 +107,35 @@ def test_formatted_rows_read_back_as_they_were(tmp_path):
     row = records.format_row(record, "系统")
     assert row["output"] == "<think>\n想\n想\n</think>\n\n答。"
     path = write(tmp_path / "a.jsonl", files.to_jsonl([row]))
-    back = records.read_records(path)[0][0]
+    back = sources.read_records(path)[0][0]
     assert back == Record("问？", "想\n想", "答。", system="系统")
-    assert records.system_prompts(back, "通用", {}, "mixed") == ["系统"]
-
-
-def test_first_of_equal_records_stays():
-    twins = [Record("q", "t", "a", place="f:1"), Record("q", "t", "b", place="f:2"), Record("q", "t", "a", place="f:3")]
-    kept, dropped = records.drop_duplicates(twins)
-    assert [record.place for record in kept] == ["f:1", "f:2"]
-    assert dropped == [Problem("f:3", "与 f:1 完全重复")]
+    assert scenarios.system_prompts(back, "通用", {}, "mixed") == ["系统"]
 
 
 @pytest.mark.parametrize("count", [2, 10, 57, 120, 2407])
 def test_split_is_the_original_project_s(count):
-    everything = [Record(str(i), "", "a") for i in range(count)]
-    shuffled = list(everything)
+    shuffled = list(range(count))
     random.Random(42).shuffle(shuffled)
-    train, val = records.split(everything, 0.1, 42)
-    assert train == shuffled[: int(count * 0.9)] and train + val == shuffled
+    train, val = splitting.split(range(count), 0.1, 42)
+    assert list(train) == shuffled[: int(count * 0.9)] and [*train, *val] == shuffled
     assert count != 2407 or (len(train), len(val)) == (2166, 241)
 
 
 def test_too_few_records_to_split_is_said():
     with pytest.raises(UserError, match="1 条"):
-        records.split([Record("q", "", "a")], 0.1, 42)
+        splitting.split([0], 0.1, 42)
 
 
 def test_system_prompt_modes():
     known, unknown = Record("q", "", "a", scenario="s"), Record("q", "", "a")
     prompts = {"s": "场景"}
     modes = ("general", "scenario", "mixed")
-    assert [records.system_prompts(known, "通用", prompts, m) for m in modes] == [["通用"], ["场景"], ["通用", "场景"]]
-    assert [records.system_prompts(unknown, "通用", prompts, m) for m in modes] == [["通用"]] * 3
+    assert [scenarios.system_prompts(known, "通用", prompts, m) for m in modes] == [
+        ["通用"],
+        ["场景"],
+        ["通用", "场景"],
+    ]
+    assert [scenarios.system_prompts(unknown, "通用", prompts, m) for m in modes] == [["通用"]] * 3
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
@@ -169,7 +165,7 @@ def test_no_bytes_whatever_give_anything_but_records_problems_or_a_user_error(tm
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     try:
-        found, problems = records.read_records(path)
+        found, problems = sources.read_records(path)
     except UserError:
         return
     assert all(isinstance(record, Record) for record in found)
@@ -249,7 +245,7 @@ def test_parquet_row_with_a_column_that_json_lacks_does_not_stop_the_writing(tmp
 
     row = {"question": "q", "think": "", "answer": "a", "extra": value}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-    found, problems = records.read_records(tmp_path / "a.parquet")
+    found, problems = sources.read_records(tmp_path / "a.parquet")
     assert len(found) + len(problems) == 1
     files.to_jsonl(record.row for record in found)
 
@@ -262,7 +258,7 @@ def test_parquet_text_that_is_no_utf8_is_told_and_not_thrown(tmp_path):
     bad = pyarrow.Array.from_buffers(pyarrow.utf8(), 1, buffers)
     pyarrow.parquet.write_table(pyarrow.table({"question": bad, "answer": ["a"]}), tmp_path / "a.parquet")
     try:
-        found, problems = records.read_records(tmp_path / "a.parquet")
+        found, problems = sources.read_records(tmp_path / "a.parquet")
     except UserError as error:
         assert "a.parquet" in str(error)
     else:
@@ -287,11 +283,11 @@ def test_path_without_data_is_a_user_error_that_names_it(tmp_path, name, word):
 def test_prepared_file_allows_no_bad_row(tmp_path):
     path = write(tmp_path / "a.jsonl", f"{line()}\n5\n6\n")
     with pytest.raises(UserError, match=r"另有 1 行.*a\.jsonl:2"):
-        records.read_clean_records(path)
+        sources.read_clean_records(path)
     with pytest.raises(UserError, match="data.py"):
-        records.read_clean_records(tmp_path / "nothing.jsonl")
+        sources.read_clean_records(tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="没有一条记录"):
-        records.read_clean_records(write(tmp_path / "a.json", "[]"))
+        sources.read_clean_records(write(tmp_path / "a.json", "[]"))
 
 
 @pytest.mark.parametrize("think", ["想\n\n想", ""])
@@ -303,7 +299,7 @@ def test_formatting_writes_exactly_what_it_reads(think):
         "input": "问？",
         "output": f"<think>\n{think}\n</think>\n\n答。\n\n二。",
     }
-    again = records.parse_row(row, "f:1")
+    (again,) = schemas.parse_row(row, "f:1")
     assert (again.question, again.think, again.answer, again.system) == ("问？", think, "答。\n\n二。", "系统")
     assert records.format_row(again, again.system) == row
 
@@ -311,19 +307,18 @@ def test_formatting_writes_exactly_what_it_reads(think):
 @pytest.mark.parametrize(("count", "ratio"), [(0, 0.1), (1, 0.1), (5, 0.999), (5, 0.0)])
 def test_split_never_leaves_a_side_empty(count, ratio):
     with pytest.raises(UserError, match=f"{count} 条"):
-        records.split([Record(str(i), "", "a") for i in range(count)], ratio, 42)
+        splitting.split(range(count), ratio, 42)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 60), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
 def test_split_is_a_partition(count, ratio, seed):
-    everything = [Record(str(i), "", "a") for i in range(count)]
     try:
-        train, val = records.split(everything, ratio, seed)
+        train, val = splitting.split(range(count), ratio, seed)
     except UserError:
         return
     assert train and val
-    assert sorted([*train, *val], key=lambda record: int(record.question)) == everything
+    assert sorted([*train, *val]) == list(range(count))
 
 
 json_values = st.recursive(
@@ -341,6 +336,6 @@ json_rows = st.fixed_dictionaries(
 @given(rows=st.lists(json_rows | json_values, min_size=1, max_size=4))
 def test_whatever_is_accepted_as_a_record_can_be_written_again(tmp_path, rows):
     write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    found, problems = records.read_records(tmp_path / "a.jsonl")
+    found, problems = sources.read_records(tmp_path / "a.jsonl")
     assert len(found) + len(problems) == len(rows)
     files.write_whole({tmp_path / "b.txt": files.to_jsonl(record.row for record in found)})

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["qwenmed", "yaml", "transformers.utils.
     import yaml  # noqa: F401  instrumented here, used by settings
     from transformers.utils.chat_parsing import response_parser
 
-    from qwenmed import batch, chat, controls, records, redact
+    from qwenmed import batch, chat, controls, records, redact, sources
     from qwenmed import settings as settings_module
     from qwenmed.errors import UserError
 
@@ -73,7 +73,7 @@ def record(data):
     path = FOLDER / f"a{suffix}"
     path.write_bytes(data[1:])
     try:
-        found, problems = records.read_records(path)
+        found, problems = sources.read_records(path)
     except UserError as error:
         assert "\n" not in str(error)
         return
