@@ -1,44 +1,70 @@
-"""阶段 1：取得、检查、去重、划分并格式化训练数据。
+"""阶段 1：取得、检查、审计、去重、划分并格式化训练数据。
 
     python data.py                                   # 从 ModelScope 下载 delicate_medical_r1_data
     python data.py --source demo                     # 内置的演示数据
-    python data.py --source 我的数据.jsonl           # JSONL、JSON、CSV、Parquet 文件，或含有它们的目录
+    python data.py --source 我的数据.jsonl --audit    # JSONL、JSON、CSV、Parquet（文本的也可以是 .gz），或目录
+    python data.py --source a.jsonl b.json --weights 1 0.5
+    python data.py --source 其他.csv --map question=提问 think=推理 answer=回复
+    python data.py --decontaminate 评估题.jsonl       # 去掉与评估集重叠的行
 
-每条记录含 question（问题）、think（思考，可空）、answer（回答），可选 scenario（场景编号）。
-写出 train.jsonl、val.jsonl（原样的记录）和 train_format.jsonl、val_format.jsonl（instruction/input/output）；
-四个文件每次都从来源重新生成，要么全部更新，要么全部保持原样。
+自动认得 question/think/answer、Alpaca、ShareGPT、OpenAI messages、HuatuoGPT-o1；多轮对话的每个回答是一条记录。
+写出 train.jsonl、val.jsonl（本来就是这种格式的行原样写回）和 train_format.jsonl、val_format.jsonl
+（instruction/input/output）；四个文件每次都从来源重新生成，要么全部更新，要么全部保持原样。
+丢弃的每一行及原因在 dropped.jsonl；--audit 另写 audit.html 和 audit.json。
 """
 
-import statistics
-import unicodedata
-from collections import Counter
+import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
-from qwenmed import chat, checkpoints, cli, demo, files, hub, records, redact
+from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS, MEDICAL_SCENARIOS
+from qwenmed import (
+    audit,
+    cli,
+    contamination,
+    demo,
+    files,
+    findings,
+    hub,
+    preparation,
+    records,
+    scenarios,
+    schemas,
+    terminal,
+)
+from qwenmed.collection import INVALID, Collection
 from qwenmed.errors import UserError
-from qwenmed.records import Problem, Record
+from qwenmed.preparation import Plan, Source
+from qwenmed.splitting import split
 
 SHOWN_PROBLEMS = 20
+# What `--drop` can leave out; the other checks are repaired, or are no fault of the row.
+DROPPABLE = [check.key for check in findings.CHECKS if not check.done and check.key != "same_question"]
+TRAIN, VAL = "train", "val"
 
 
 def main() -> int:
-    """Fetch, validate, dedupe, split, format, report."""
+    """Collect, split, write, report."""
     args = parse_args()
     output_dir = files.check_writable(args.output_dir)
-    source = locate(args.source)
-    found, invalid = records.read_records(source)
-    if args.redact:
-        found = mask_personal(found)
-    unique, duplicates = records.drop_duplicates(found)
-    report_problems(invalid, duplicates)
-    if not unique:
-        raise UserError("没有一条可用的记录", source, "每条记录需要非空的 question 和 answer")
-    train, val = records.split(unique, args.val_ratio, args.seed)
-    write(output_dir, train, val, args.system_prompts)
-    summarise(output_dir, train, val, args, len(found) + len(invalid), len(invalid), len(duplicates))
-    return cli.EXIT_SOME_ROWS_FAILED if invalid else cli.EXIT_OK
+    plan = make_plan(args)
+    sources = [
+        Source(locate(source), weight)
+        for source, weight in zip(args.source, args.weights or [1.0] * len(args.source), strict=True)
+    ]
+    workers = args.workers or preparation.workers_for(sources)
+    with terminal.reading_progress() as progress, files.naming(output_dir):
+        collection = preparation.collect(sources, plan, output_dir, workers, progress)
+        kept, groups = collection.settle()
+    report_dropped(collection)
+    if not kept:
+        raise UserError("没有一条可用的记录", args.source[0], "每条记录需要非空的 question 和 answer")
+    train, val = split(kept, args.val_ratio, args.seed, groups)
+    parts = {TRAIN: weighted(train, collection, sources, args.seed), VAL: val}
+    write(output_dir, collection, parts, args.system_prompts)
+    summarise(output_dir, collection, parts, plan, args)
+    return cli.EXIT_SOME_ROWS_FAILED if collection.tally.dropped[INVALID] else cli.EXIT_OK
 
 
 def parse_args():
@@ -46,11 +72,31 @@ def parse_args():
     parser = cli.build_parser("data.py", __doc__)
     source = parser.add_argument_group("来源")
     source.add_argument(
-        "--source", default="modelscope", metavar="WHERE", help="modelscope、huggingface、demo，或本地文件/目录"
+        "--source", nargs="+", default=["modelscope"], metavar="WHERE",
+        help="modelscope、huggingface、demo，或本地文件/目录；可以有几个（默认 modelscope）",
+    )  # fmt: skip
+    source.add_argument(
+        "--weights", nargs="+", type=float, metavar="X", help="每个来源的训练样本取几遍，如 1 0.5（默认都是 1）"
     )
     source.add_argument(
-        "--redact", action="store_true", help="遮住记录里的手机号、固定电话、身份证号和邮箱，并报告个数"
+        "--map", nargs="+", default=[], metavar="NAME=FIELD",
+        help=f"认不出的格式：哪个字段是 {'、'.join(schemas.FIELDS)}，如 question=提问 answer=回复",
+    )  # fmt: skip
+    cleaning = parser.add_argument_group("清洗与审计")
+    cleaning.add_argument("--audit", action="store_true", help="写出 audit.html（含例子）和 audit.json")
+    cleaning.add_argument("--drop", nargs="+", default=[], choices=DROPPABLE, metavar="CHECK", help="丢弃有这些问题的记录：" + "、".join(DROPPABLE))  # fmt: skip
+    cleaning.add_argument("--redact", action="store_true", help="遮住记录里的手机号、固定电话、身份证号和邮箱")
+    cleaning.add_argument(
+        "--near-duplicate", type=float, default=0.8, metavar="X",
+        help="问题加回答的 Jaccard 相似度达到 X 算近似重复，划分时放在同一边；0 不检查",
+    )  # fmt: skip
+    cleaning.add_argument(
+        "--copied-thinking", type=float, default=findings.COPIED, metavar="X", help="思考有多大部分照抄回答或问题算复制"
     )
+    cleaning.add_argument(
+        "--decontaminate", nargs="+", type=Path, default=[], metavar="FILE",
+        help=f"去掉与这些评估文件（或 .txt，每行一段）有 {contamination.NGRAM} 个字连续相同的行",
+    )  # fmt: skip
     output = parser.add_argument_group("划分与输出")
     output.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="写到哪个目录")
     output.add_argument("--val-ratio", type=float, default=0.1, metavar="X", help="验证集所占比例")
@@ -59,19 +105,70 @@ def parse_args():
         "--system-prompts",
         default="mixed",
         choices=("general", "scenario", "mixed"),
-        help="*_format.jsonl 的系统提示词：通用、记录自己的场景，或两者都写",
+        help="*_format.jsonl 的系统提示词：通用、场景的（数据没有指出时由问题推测），或两者都写",
     )
+    output.add_argument("--workers", type=int, default=0, metavar="N", help="进程数；0 表示按数据大小决定")
     lengths = parser.add_argument_group("长度统计")
     lengths.add_argument("--max-length", type=int, default=2048, metavar="N", help="统计有多少样本超过这么多 token")
     lengths.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="分词器目录（默认 models/Qwen3-0.6B；演示数据用演示模型的）"
     )
     args = parser.parse_args()
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args) -> None:
+    """Refuse what can't be meant, before anything is read."""
     if not 0 < args.val_ratio < 1:
         parser.error(f"--val-ratio 应在 0 与 1 之间，而不是 {args.val_ratio}")
+    for name in ("near_duplicate", "copied_thinking"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} 应在 0 与 1 之间，而不是 {getattr(args, name)}")
     if args.max_length < 1:
         parser.error("--max-length 至少为 1")
-    return args
+    if not 0 <= args.workers <= 256:
+        parser.error("--workers 应在 0 与 256 之间")
+    if args.weights and len(args.weights) != len(args.source):
+        parser.error(f"--weights 有 {len(args.weights)} 个，--source 有 {len(args.source)} 个")
+    if args.weights and not all(0 <= weight <= 100 for weight in args.weights):
+        parser.error("--weights 应在 0 与 100 之间")
+    pairs = [each.partition("=") for each in args.map]
+    args.map = {name: field for name, _, field in pairs}
+    if not all(field for _, _, field in pairs) or not args.map.keys() <= set(schemas.FIELDS):
+        parser.error(f"--map 的形式是 NAME=FIELD，NAME 可以是 {'、'.join(schemas.FIELDS)}")
+    if args.map and not {"question", "answer"} <= args.map.keys():
+        parser.error("--map 至少要指出 question 和 answer")
+
+
+def make_plan(args) -> Plan:
+    """How rows are treated.
+
+    Raises:
+        UserError: a held-out file is unusable.
+    """
+    return Plan(
+        mapping=args.map,
+        limits=findings.Limits(args.copied_thinking, args.redact),
+        drop=frozenset(args.drop),
+        near_duplicate=args.near_duplicate,
+        held_out=contamination.HeldOut(args.decontaminate) if args.decontaminate else None,
+        tokenizer=tokenizer_folder(args.tokenizer, args.source == ["demo"]),
+        max_length=args.max_length,
+        general=GENERAL_PROMPT,
+        scenarios=tuple(MEDICAL_PROMPTS),
+    )
+
+
+def tokenizer_folder(given: Path | None, demo_source: bool) -> Path | None:
+    """The tokenizer that measures lengths, or None where there is none yet."""
+    folder = given or Path("models") / ("demo" if demo_source else "Qwen3-0.6B")
+    if given is None and demo_source and hub.missing_model_files(folder):
+        demo.build_demo_model(folder, MEDICAL_PROMPTS.values())
+    if given is None and not folder.is_dir():
+        cli.note(f"没有找到分词器 {folder}，长度按字符计（先运行 python download_model.py，或用 --tokenizer 指定）")
+        return None
+    return folder
 
 
 def locate(source: str) -> Path:
@@ -85,80 +182,61 @@ def locate(source: str) -> Path:
     return Path(source)
 
 
-def mask_personal(found: Sequence[Record]) -> list[Record]:
-    """The records with phone, identity-card and e-mail masked in every text; says how many there were."""
-    counts = Counter()
-    masked = [records.parse_row(redact.redact_row(record.row, counts), record.place) for record in found]
-    listed = "，".join(f"{kind} {number}" for kind, number in counts.items()) or "没有发现"
-    cli.note(f"遮住个人信息：{listed}")
-    return masked
+def report_dropped(collection: Collection) -> None:
+    """Say which rows were dropped and why; the first ones here, all of them in dropped.jsonl."""
+    collection.dropped.seek(0)
+    for line, _ in zip(collection.dropped, range(SHOWN_PROBLEMS), strict=False):
+        problem = json.loads(line)
+        cli.note(f"丢弃 {problem['place']}：{problem['reason']}")
+    if (rest := collection.tally.dropped.total() - SHOWN_PROBLEMS) > 0:
+        cli.note(f"…… 另有 {rest:,} 行被丢弃，都列在 dropped.jsonl 里")
 
 
-def report_problems(invalid: Sequence[Problem], duplicates: Sequence[Problem]) -> None:
-    """Say which rows were dropped and why."""
-    for problem in [*invalid, *duplicates][:SHOWN_PROBLEMS]:
-        cli.note(f"丢弃 {problem}")
-    if (rest := len(invalid) + len(duplicates) - SHOWN_PROBLEMS) > 0:
-        kinds = Counter(problem.reason.partition("（")[0] for problem in invalid)
-        cli.note(f"…… 另有 {rest} 行被丢弃；无效行按原因：{dict(kinds)}")
+def weighted(train: Sequence[int], collection: Collection, sources: Sequence[Source], seed: int) -> Sequence[int]:
+    """The training rows as often as their sources' weights say; a fraction is a share of them, chosen by the seed."""
+    if all(source.weight == 1 for source in sources):
+        return train
+    dice, taken = random.Random(seed), []
+    for number in train:
+        whole, part = divmod(sources[collection.source(number)].weight, 1)
+        taken += [number] * (int(whole) + (dice.random() < part))
+    if not taken:
+        raise UserError("按 --weights 没有一条训练样本", None, "请至少给一个来源大于 0 的权重")
+    return taken
 
 
-def write(output_dir: Path, train: Sequence[Record], val: Sequence[Record], mode: str) -> None:
-    """Write all four files, or none."""
-    contents = {}
-    for name, part in (("train", train), ("val", val)):
-        contents[output_dir / f"{name}.jsonl"] = files.to_jsonl(record.row for record in part)
-        contents[output_dir / f"{name}_format.jsonl"] = files.to_jsonl(
-            records.format_row(record, system)
-            for record in part
-            for system in records.system_prompts(record, GENERAL_PROMPT, MEDICAL_PROMPTS, mode)
-        )
-    files.write_whole(contents)
+def write(output_dir: Path, collection: Collection, parts: dict[str, Sequence[int]], mode: str) -> None:
+    """Write all four files and dropped.jsonl, or none."""
+    dropped = output_dir / "dropped.jsonl"
+    paths = [output_dir / f"{part}{suffix}.jsonl" for part in parts for suffix in ("", "_format")]
+    with files.whole_files([*paths, *([dropped] if collection.tally.dropped else [])]) as opened:
+        for part, numbers in parts.items():
+            raw, formatted = opened[output_dir / f"{part}.jsonl"], opened[output_dir / f"{part}_format.jsonl"]
+            for number in numbers:
+                line, record = collection.row(number)
+                raw.write(line + "\n")
+                for system in scenarios.system_prompts(record, GENERAL_PROMPT, MEDICAL_PROMPTS, mode):
+                    formatted.write(files.to_jsonl([records.format_row(record, system)]))
+        if collection.tally.dropped:
+            collection.dropped.seek(0)
+            opened[dropped].writelines(line.decode() for line in collection.dropped)
+    if not collection.tally.dropped:
+        dropped.unlink(missing_ok=True)  # of an earlier run
 
 
-def summarise(output_dir, train, val, args, read: int, invalid: int, duplicates: int) -> None:
-    """Print the table of counts and lengths."""
-    measure, unit = length_measure(args.tokenizer, demo_source=args.source == "demo")
-    print(f"读到 {read} 行：无效 {invalid}，重复 {duplicates}，可用 {len(train) + len(val)}")
-    no_think = sum(not record.think.strip() for record in [*train, *val])
-    if no_think:
-        print(f"其中 {no_think} 条没有思考过程")
-    print(f"长度（完整对话，{unit}）：")
-    print_row("", "条数", "中位数", "p95", "最长", f"超过 {args.max_length}")
-    for name, part in (("train", train), ("val", val)):
-        lengths = sorted(measure(record) for record in part)
-        p95 = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
-        over = sum(length > args.max_length for length in lengths)
-        shown = over if unit == "token" else "未知"
-        print_row(name, len(lengths), round(statistics.median(lengths)), p95, lengths[-1], shown)
+def summarise(output_dir: Path, collection: Collection, parts: dict[str, Sequence[int]], plan: Plan, args) -> None:
+    """Print what was found, and write the audit where it is asked for."""
+    settings = {name: value for name, value in vars(args).items() if name != "audit"}
+    titles = {scenario: MEDICAL_SCENARIOS[scenario] for scenario in MEDICAL_PROMPTS}
+    report = audit.summary(collection, parts, settings, titles, "token" if plan.tokenizer else "字符，未计 token")
+    print(audit.as_text(report))
     names = "train.jsonl、val.jsonl、train_format.jsonl、val_format.jsonl"
+    if collection.tally.dropped:
+        names += "、dropped.jsonl"
+    if args.audit:
+        audit.write(output_dir, report)
+        names += f"、{audit.AUDIT_HTML}、{audit.AUDIT_JSON}"
     print(f"已写入 {output_dir.resolve()}：{names}")
-
-
-def print_row(*cells: object) -> None:
-    """Print a table row whose columns stay in line; a Chinese character is two columns wide."""
-    columns = []
-    for cell in map(str, cells):
-        width = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in cell)
-        columns.append(" " * (11 - width) + cell)
-    print("".join(columns))
-
-
-def length_measure(tokenizer_dir: Path | None, demo_source: bool):
-    """A function that measures a record's full chat, and the unit it measures in."""
-    folder = tokenizer_dir or Path("models") / ("demo" if demo_source else "Qwen3-0.6B")
-    if tokenizer_dir is None and demo_source and hub.missing_model_files(folder):
-        demo.build_demo_model(folder, MEDICAL_PROMPTS.values())
-    if tokenizer_dir is None and not folder.is_dir():
-        cli.note(f"没有找到分词器 {folder}，长度按字符计（先运行 python download_model.py，或用 --tokenizer 指定）")
-        return (lambda record: len(record.question + record.think + record.answer)), "字符，未计 token"
-    tokenizer = checkpoints.load_tokenizer(folder)
-
-    def tokens(record: Record) -> int:
-        system = record.system or GENERAL_PROMPT
-        return len(chat.render_sample(tokenizer, chat.training_row(record, system))[0])
-
-    return tokens, "token"
 
 
 if __name__ == "__main__":

@@ -194,21 +194,29 @@ def check_space(folder: Path, needed: int, remedy: str) -> None:
 
 
 def write_whole(contents: Mapping[Path, str]) -> None:
-    """Write several text files that belong together; none appears unless all could be written.
+    """Write several text files that belong together; none appears unless all could be written."""
+    with whole_files(contents) as files:
+        for path, text in contents.items():
+            files[path].write(text)
+
+
+@contextlib.contextmanager
+def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, IO[str]]]:
+    """Open several text files that belong together; none appears unless the block ends without an error.
 
     A process killed between two of the renames leaves files of two runs beside each other, and a mark that
     `check_belong_together` finds.
     """
-    if folder := next((path for path in contents if path.is_dir()), None):  # it would fail at the renaming
+    paths = list(paths)
+    if folder := next((path for path in paths if path.is_dir()), None):  # it would fail at the renaming
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder))
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(whole_file(path)) for path in contents}
-        for path, text in contents.items():
-            files[path].write(text)
+        files = {path: stack.enter_context(whole_file(path)) for path in paths}
+        yield files
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-        marks = {path.with_name(UNFINISHED_MARK) for path in contents}
+        marks = {path.with_name(UNFINISHED_MARK) for path in paths}
         for mark in marks:
             mark.touch()
     for mark in marks:
@@ -257,6 +265,16 @@ def check_encodable(text: str, what: str) -> str:
             f"{what}里有无法编码的字符（半个代理对，或不是 UTF-8）", None, "请检查终端的编码，或从文件用管道传入"
         )
     return text
+
+
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Let an error of a file without a name (a temporary one) say in which folder it happened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename if isinstance(error.filename, str | Path) else str(folder)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -26,6 +26,9 @@ _NARROW |= {0x3000: " ", 0x00A0: " "}
 # Groups of digits and what may stand between two of one number. Neither can match the other's characters.
 _GROUP = re.compile(r"[0-9]+(?:[Xx](?![A-Za-z]))?")
 _BETWEEN = re.compile(r"[ ()-]{0,3}|\.")
+_DIGIT = re.compile(r"[0-9０-９]")
+# A landline without its area code's 0 behind a prefix has 9 and 2 more.
+_FEWEST_DIGITS = 10
 # One written digit by digit, and a prefix.
 _MOST_GROUPS = 13
 
@@ -82,6 +85,11 @@ def redact(text: str) -> Redacted:
         counts[kind] += 1
         end = stop
     return Redacted("".join([*pieces, text[end:]]), counts)
+
+
+def may_hold_any(text: str) -> bool:
+    """Whether a text can hold anything of the kind at all; a quick look, so that most texts need no long one."""
+    return "@" in text or "＠" in text or len(_DIGIT.findall(text)) >= _FEWEST_DIGITS
 
 
 def redact_row(value: object, counts: Counter) -> object:

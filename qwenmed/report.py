@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenmed import bootstrap, files, plots
+from qwenmed import bootstrap, files, pages, plots
 from qwenmed.comparison import BY_SCENARIO
 from qwenmed.measures import BY_KEY
 
@@ -62,15 +62,10 @@ def draw(report: Mapping[str, Any], histories: Mapping[str, Any], lengths: Mappi
 
 def render(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"figure": figure, "signed": lambda value, unit: figure(value, unit, signed=True)}
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
-    return template.render(
+    return pages.render(
+        PAGE,
+        {"figure": figure, "signed": lambda value, unit: figure(value, unit, signed=True)},
         report=report,
         pictures=encoded,
         verdicts=VERDICTS,

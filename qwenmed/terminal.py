@@ -362,3 +362,10 @@ def batch_progress(total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, unit="题", file=sys.stderr, dynamic_ncols=True)
+
+
+def reading_progress() -> Any:
+    """A counter on stderr for rows whose number is not known; nothing for what is done at once."""
+    from tqdm import tqdm
+
+    return tqdm(unit="行", desc="读取并检查", file=sys.stderr, dynamic_ncols=True, delay=2, leave=False)

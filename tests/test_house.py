@@ -14,10 +14,27 @@ SCRIPTS = [
 # Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
 FLOORS = [
     ["errors", "controls", "redact", "cli", "files", "quantities", "signs", "triage"],
-    ["records", "settings", "scenarios"],
-    ["hub_clients", "hub", "chat", "hardware", "batch", "answers", "conversation", "bootstrap", "text_scores"],
+    ["records", "json_list", "rows", "schemas", "sources", "settings", "scenarios", "splitting", "pages"],
+    [
+        "hub_clients",
+        "hub",
+        "chat",
+        "lengths",
+        "hardware",
+        "batch",
+        "answers",
+        "conversation",
+        "bootstrap",
+        "text_scores",
+        "findings",
+        "near_duplicates",
+        "contamination",
+    ],
     ["checkpoints", "demo", "merged_model", "gguf_file"],
     [
+        "collection",
+        "preparation",
+        "audit",
         "plots",
         "tracking",
         "leaks",
@@ -46,7 +63,7 @@ HEAVY = {
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "modelscope", "huggingface_hub", "swanlab",
     "pandas", "pyarrow", "openai", "httpx", "llama_cpp", "gguf", "prompt_toolkit", "psutil", "matplotlib", "numpy", "tokenizers", "safetensors", "yaml", "tqdm",
     "sacrebleu", "rouge_chinese", "jieba", "jinja2", "lm_eval", "fastapi", "starlette", "uvicorn", "pydantic",
-    "prometheus_client",
+    "prometheus_client", "datasketch", "markupsafe",
 }  # fmt: skip
 
 # What these define derives from classes of the heavy libraries; they are imported inside of functions.

@@ -183,8 +183,10 @@ def test_training_data_are_masked_in_all_four_files_and_counted(tmp_path):
         for number in "甲乙"
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = run_script("data.py", "--source", "mine.jsonl", "--val-ratio", "0.5", "--redact", cwd=tmp_path)
-    assert done.status == 0 and "手机号 8，邮箱 8，身份证号 8" in done.err, done.err
+    done = run_script(
+        "data.py", "--source", "mine.jsonl", "--val-ratio", "0.5", "--redact", "--near-duplicate", "0", cwd=tmp_path
+    )
+    assert done.status == 0 and "手机号 8，邮箱 8，身份证号 8" in done.out, done.err
     for name in ("train", "val", "train_format", "val_format"):
         text = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8")
         assert "[手机号]" in text and "小王" in text
