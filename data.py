@@ -9,11 +9,13 @@
 四个文件每次都从来源重新生成，要么全部更新，要么全部保持原样。
 """
 
+import argparse
 import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
 from qwenmed import chat, checkpoints, cli, demo, files, hub, records, redact
@@ -41,7 +43,7 @@ def main() -> int:
     return cli.EXIT_SOME_ROWS_FAILED if invalid else cli.EXIT_OK
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = cli.build_parser("data.py", __doc__)
     source = parser.add_argument_group("来源")
@@ -87,8 +89,8 @@ def locate(source: str) -> Path:
 
 def mask_personal(found: Sequence[Record]) -> list[Record]:
     """The records with phone, identity-card and e-mail masked in every text; says how many there were."""
-    counts = Counter()
-    masked = [records.parse_row(redact.redact_row(record.row, counts), record.place) for record in found]
+    counts: Counter[str] = Counter()
+    masked: list[Any] = [records.parse_row(redact.redact_row(record.row, counts), record.place) for record in found]
     listed = "，".join(f"{kind} {number}" for kind, number in counts.items()) or "没有发现"
     cli.note(f"遮住个人信息：{listed}")
     return masked
@@ -116,7 +118,7 @@ def write(output_dir: Path, train: Sequence[Record], val: Sequence[Record], mode
     files.write_whole(contents)
 
 
-def summarise(output_dir, train, val, args, read: int, invalid: int, duplicates: int) -> None:
+def summarise(output_dir: Path, train: list, val: list, args: Any, read: int, invalid: int, duplicates: int) -> None:
     """Print the table of counts and lengths."""
     measure, unit = length_measure(args.tokenizer, demo_source=args.source == "demo")
     print(f"读到 {read} 行：无效 {invalid}，重复 {duplicates}，可用 {len(train) + len(val)}")
@@ -144,7 +146,7 @@ def print_row(*cells: object) -> None:
     print("".join(columns))
 
 
-def length_measure(tokenizer_dir: Path | None, demo_source: bool):
+def length_measure(tokenizer_dir: Path | None, demo_source: bool) -> tuple[Any, str]:
     """A function that measures a record's full chat, and the unit it measures in."""
     folder = tokenizer_dir or Path("models") / ("demo" if demo_source else "Qwen3-0.6B")
     if tokenizer_dir is None and demo_source and hub.missing_model_files(folder):

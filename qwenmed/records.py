@@ -4,9 +4,10 @@ import csv
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwenmed import files
 from qwenmed.controls import as_plain_words
@@ -70,7 +71,7 @@ def read_records(path: Path) -> tuple[list[Record], list[Problem]]:
     problems: list[Problem] = []
     for file in data_files(path):
         for place, row in read_rows(file):
-            outcome = row if isinstance(row, Problem) else parse_row(row, place)
+            outcome: Any = row if isinstance(row, Problem) else parse_row(row, place)
             (problems if isinstance(outcome, Problem) else records).append(outcome)
     return records, problems
 
@@ -176,7 +177,7 @@ def format_row(record: Record, system: str) -> dict[str, str]:
     }
 
 
-def system_prompts(record: Record, general: str, by_scenario: dict[str, str], mode: str) -> list[str]:
+def system_prompts(record: Record, general: str, by_scenario: Mapping[str, str], mode: str) -> list[str]:
     """The system prompts that a record is trained with.
 
     The assistant uses its scenarios' prompts, so a model must meet them in training; a record can show
