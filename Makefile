@@ -7,7 +7,7 @@
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
 # make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
-# make lint   代码检查
+# make lint   代码检查：ruff 与 mypy
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
 # make audit  用公开的漏洞库检查 requirements.lock
@@ -111,6 +111,7 @@ bench-export: $(VENV)/.ready-gguf
 lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 FUZZ_SECONDS ?= 60
 
@@ -143,4 +144,4 @@ audit: $(TOOLS)/.ready
 
 clean:
 	rm -rf $(TOOLS) .fuzz
-	rm -rf $(VENV) demo_run .pytest_cache .ruff_cache .hypothesis .cache
+	rm -rf $(VENV) demo_run .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache

@@ -13,6 +13,7 @@
 丢弃的每一行及原因在 dropped.jsonl；--audit 另写 audit.html 和 audit.json。
 """
 
+import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def main() -> int:
     return cli.EXIT_SOME_ROWS_FAILED if collection.tally.dropped[INVALID] else cli.EXIT_OK
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = cli.build_parser("data.py", __doc__)
     source = parser.add_argument_group("来源")
@@ -118,7 +119,7 @@ def parse_args():
     return args
 
 
-def check_args(parser, args) -> None:
+def check_args(parser: cli.Parser, args: argparse.Namespace) -> None:
     """Refuse what can't be meant, before anything is read."""
     if not 0 < args.val_ratio < 1:
         parser.error(f"--val-ratio 应在 0 与 1 之间，而不是 {args.val_ratio}")
@@ -141,7 +142,7 @@ def check_args(parser, args) -> None:
         parser.error("--map 至少要指出 question 和 answer")
 
 
-def make_plan(args) -> Plan:
+def make_plan(args: argparse.Namespace) -> Plan:
     """How rows are treated.
 
     Raises:
@@ -224,7 +225,9 @@ def write(output_dir: Path, collection: Collection, parts: dict[str, Sequence[in
         dropped.unlink(missing_ok=True)  # of an earlier run
 
 
-def summarise(output_dir: Path, collection: Collection, parts: dict[str, Sequence[int]], plan: Plan, args) -> None:
+def summarise(
+    output_dir: Path, collection: Collection, parts: dict[str, Sequence[int]], plan: Plan, args: argparse.Namespace
+) -> None:
     """Print what was found, and write the audit where it is asked for."""
     settings = {name: value for name, value in vars(args).items() if name != "audit"}
     titles = {scenario: MEDICAL_SCENARIOS[scenario] for scenario in MEDICAL_PROMPTS}

@@ -9,6 +9,7 @@
 最后检查配置、分词器和权重能否载入；没有下载完整的目录不会以正式名称出现。
 """
 
+import argparse
 from pathlib import Path
 
 from prompts import MEDICAL_PROMPTS
@@ -31,7 +32,7 @@ def main() -> None:
     cli.note(f"接下来：python data.py，然后 python train.py --model {folder}（显存不够用 train_lora.py）")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = cli.build_parser("download_model.py", __doc__, "[模型ID] [选项]")
     parser.general.add_argument(

@@ -60,7 +60,7 @@ def main() -> int:
     runs = {each.label: leaks.run_of(each.folders[0])[1] if each.folders else {} for each in candidates}
     bootstrap = Bootstrap(settings.seed)
     compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
-    report = {
+    report: dict[str, Any] = {
         "settings": {name: value for name, value in vars(settings).items() if name not in ("resume", "output_dir")},
         "rows": found,
         "models": describe(candidates, runs),

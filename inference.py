@@ -8,6 +8,7 @@
 基础模型、全参数检查点和 LoRA 适配器由目录内容自动区分；基础模型搬过家时用 --base-model 指出新位置。
 """
 
+import argparse
 import sys
 import time
 
@@ -31,7 +32,7 @@ def main() -> None:
     answer(engine, prompt, question, args.json)
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = cli.build_parser("inference.py", __doc__, "[问题] [选项]")
     parser.general.add_argument(
@@ -74,6 +75,7 @@ def answer(engine: Engine, prompt: Prompt, question: str, as_json: bool) -> None
                 print({"thinking": "【思考】", "answer": "\n\n【回答】" if shown else "【回答】"}[event.kind])
                 shown = event.kind
             print(controls.printable(event.text), end="", flush=True)
+    assert isinstance(event, Generation)  # an engine's last
     if as_json:
         print(controls.json_line(reply_row(question, event, engine, time.perf_counter() - started)))
         return

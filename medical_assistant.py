@@ -65,7 +65,7 @@ class MedicalAssistant:
         truncate_history: bool = True,
         **settings: Any,
     ) -> None:
-        given = {"engine": engine} if isinstance(engine, str) else {}
+        given: dict[str, Any] = {"engine": engine} if isinstance(engine, str) else {}
         self.settings = EngineSettings(checkpoint=str(checkpoint_path), **given, **settings)
         self.redact = redact
         self.truncate_history = truncate_history
@@ -100,7 +100,7 @@ class MedicalAssistant:
         """
         for _ in self.stream(question, scenario_type, max_tokens):
             pass
-        return self.last_reply.answer
+        return self.history[-1].answer
 
     def stream(
         self,
@@ -135,6 +135,7 @@ class MedicalAssistant:
             scenario_type = chosen.scenario
             yield "scenario", f"{MEDICAL_SCENARIOS[scenario_type]}（{chosen.reason}）"
         self.load_model()
+        assert self._engine is not None
         messages = self._messages(question, scenario_type, max_tokens, system)
         prompt = Prompt(messages, max_tokens, self.settings.think_budget)
         shown = ""
@@ -184,6 +185,7 @@ class MedicalAssistant:
                 yield failed_row(row, row.error) if row.error else self._asked(row, answered, settings_of)
 
         self.load_model(for_batch=True)
+        assert self._engine is not None
         for result in self._engine.generate(prompts()):
             row = in_flight.popleft()
             if isinstance(result, UserError):
@@ -229,6 +231,7 @@ class MedicalAssistant:
         self, question: str, scenario: str, max_tokens: int, system: str | None = None
     ) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
+        assert self._engine is not None
         messages, left_out = conversation.prompt_messages(
             question,
             system or MEDICAL_PROMPTS[scenario],
@@ -252,6 +255,7 @@ class MedicalAssistant:
 
     def _settings_of(self, max_tokens: int) -> str:
         """What an answer depends on besides question and scenario."""
+        assert self._engine is not None
         return fingerprint([self._engine.fingerprint, max_tokens, self.settings.think_budget, self.redact])
 
 
@@ -297,7 +301,7 @@ def main() -> int:
     if args.question is not None:
         check_question(args.question)
     scenario = args.scenario or DEFAULT_SCENARIO
-    requests = Requests(args.batch, MEDICAL_SCENARIOS, scenario, args.max_tokens) if args.batch else []
+    requests: Any = Requests(args.batch, MEDICAL_SCENARIOS, scenario, args.max_tokens) if args.batch else []
     if args.triage:
         return commands.classify(
             requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output

@@ -15,7 +15,7 @@ model 是 medical（自动选择场景）或 medical:场景；思考在 reasonin
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from medical_assistant import MedicalAssistant, suggest_scenario
 from prompts import MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
@@ -28,6 +28,7 @@ from qwenmed.settings import ServeSettings
 if TYPE_CHECKING:
     from qwenmed.api import Service
     from qwenmed.api_types import ChatRequest
+    from qwenmed.engine import Engine
     from qwenmed.scheduler import Caller
 
 # How long running answers may take after SIGTERM, in seconds.
@@ -130,7 +131,8 @@ def build_service(settings: ServeSettings, engine_settings: EngineSettings) -> "
     ) -> Iterator[tuple[str, str]]:
         """One request, answered by an assistant of its own that knows the conversation so far."""
         assistant = MedicalAssistant(
-            engine=caller, think_budget=budget if asked.think_budget is None else asked.think_budget
+            engine=cast("Engine", caller),  # one question: `generate` is not asked for
+            think_budget=budget if asked.think_budget is None else asked.think_budget,
         )
         assistant.history = [
             conversation.earlier_turn(question, shown, suggest_scenario(question).scenario, caller.notice)
@@ -141,9 +143,9 @@ def build_service(settings: ServeSettings, engine_settings: EngineSettings) -> "
         if settings.log_content:
             cli.note(f"问（{scenario}）：{question}")
         yield from assistant.stream(question, scenario, limit, asked.system)
-        told.update(summary(assistant.last_reply))
+        told.update(summary(assistant.history[-1]))
         if settings.log_content:
-            cli.note(f"答：{assistant.last_reply.answer}")
+            cli.note(f"答：{assistant.history[-1].answer}")
 
     return Service(
         scheduler=Scheduler(engine, slots),

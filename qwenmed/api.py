@@ -263,11 +263,13 @@ class _Reply:
 
     @property
     def _finish_reason(self) -> str:
+        assert self._generation is not None  # asked for once it is there, as below
         return FINISH_REASONS[self._generation.finish_reason]
 
     @property
     def _usage(self) -> dict[str, Any]:
         made = self._generation
+        assert made is not None
         completion = made.thinking_tokens + made.answer_tokens
         return {
             "prompt_tokens": made.prompt_tokens,

@@ -197,6 +197,6 @@ def _outer_tail(rows: int) -> float:
 
 
 def _verdict(low: float | None, high: float | None, differing: int, better: str) -> str:
-    if low is None or differing < FEWEST or low <= 0 <= high:
+    if low is None or high is None or differing < FEWEST or low <= 0 <= high:
         return NO_DIFFERENCE
     return BETTER if (low > 0) == (better == HIGHER) else WORSE

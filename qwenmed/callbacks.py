@@ -24,7 +24,9 @@ class MedicalSFTTrainer(SFTTrainer):
             inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             head.add_loss_head(inner)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Mean negative log-likelihood over the completion tokens of the global batch."""
         if not self._own_head or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -51,17 +53,21 @@ class MedicalSFTTrainer(SFTTrainer):
 class ProgressBar(ProgressCallback):
     """The progress bar with the losses behind it, instead of a line a log entry."""
 
+    training_bar: Any  # tqdm's, or None
+
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; where stderr is a file, a line every half minute is enough."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and not sys.stderr.isatty():
             self.training_bar.mininterval = 30
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """No second bar for the evaluation: it is short, and the losses tell when it has happened."""
 
     def close(self) -> None:
@@ -70,7 +76,7 @@ class ProgressBar(ProgressCallback):
             self.training_bar.close()
             self.training_bar = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest losses."""
         if self.training_bar is None:
             return
@@ -92,17 +98,17 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the signals over."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end."""
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -123,10 +129,10 @@ class GuardedSwanLab(TrainerCallback):
         self._inner = SwanLabCallback(log_config=False)
         self._tracker = tracker
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass losses on."""
         self._tracker.guarded(self._inner.on_log, args, state, control, **kwargs)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass validation metrics on."""
         self._tracker.guarded(self._inner.on_evaluate, args, state, control, **kwargs)

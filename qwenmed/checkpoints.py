@@ -325,9 +325,9 @@ def _adapter_base(path: Path, base_model: Path | None) -> Path:
         missing = base_model or recorded
         remedy = "它被移动或删除了？请用 --base-model 指定它现在的目录"
         raise UserError(f"找不到 LoRA 的基础模型 {missing}", path, remedy)
-    if missing := missing_model_files(base):
+    if lacking := missing_model_files(base):
         raise UserError(
-            f"LoRA 的基础模型不完整，缺少 {'、'.join(missing)}", base, "请重新下载，或用 --base-model 指定另一份"
+            f"LoRA 的基础模型不完整，缺少 {'、'.join(lacking)}", base, "请重新下载，或用 --base-model 指定另一份"
         )
     return base
 

@@ -76,7 +76,7 @@ def setting(
     choices: Sequence[str] | None = None,
     short: str | None = None,
     metavar: str | None = None,
-):
+) -> typing.Any:
     """A dataclass field that is an option too: its default, help text and help group."""
     meta = {"help": help, "group": group, "choices": choices, "short": short, "metavar": metavar}
     return dataclasses.field(default=default, metadata=meta)
@@ -102,7 +102,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, leave_out: Col
         if field.name in leave_out:
             continue
         meta = field.metadata
-        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
+        group = groups.get(meta["group"]) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
         plain_type, _ = field_type(settings, field.name)
         text = (
@@ -172,12 +172,14 @@ def run(main: Callable[[], int | None]) -> typing.NoReturn:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)  # deprecations concern the pins, not the user
+    stream: typing.Any
     for stream in (sys.stdout, sys.stderr):
         # Chinese Windows consoles default to GBK and a pipe there too; our output is UTF-8 everywhere.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     with contextlib.suppress(AttributeError, ValueError):
-        sys.stdin.reconfigure(errors="replace")  # one wrong byte in a question must not end the conversation
+        stream = sys.stdin
+        stream.reconfigure(errors="replace")  # one wrong byte in a question must not end the conversation
     with contextlib.suppress(ValueError, AttributeError):
         signal.signal(signal.SIGTERM, _raise_terminated)
     with contextlib.suppress(ValueError, AttributeError):  # Windows has no SIGHUP
@@ -227,7 +229,7 @@ def _fail(message: str) -> int:
     return EXIT_USER_ERROR
 
 
-_OS_REASONS = {
+_OS_REASONS: dict[int, tuple[str, str | None]] = {
     errno.ENOSPC: ("磁盘空间已满", "请清理磁盘或换一个输出目录；已有文件保持原样"),
     errno.EDQUOT: ("磁盘配额已满", "请清理磁盘或换一个输出目录；已有文件保持原样"),
     errno.EROFS: ("文件系统是只读的", "请换一个可写的输出目录"),
@@ -244,7 +246,7 @@ _OS_REASONS = {
 
 def explain_os_error(error: OSError) -> UserError:
     """An operating-system error in the user's words; falls back to the system's own text."""
-    what, remedy = _OS_REASONS.get(error.errno, (f"系统错误：{error.strerror or error}", None))
+    what, remedy = _OS_REASONS.get(error.errno or 0, (f"系统错误：{error.strerror or error}", None))
     return UserError(what, error.filename, remedy)
 
 

@@ -204,7 +204,8 @@ class Collection:
         # Of a key's two halves one orders the rows; the other tells apart what has it in common by chance.
         order = numpy.lexsort((wide[:, -1], wide[:, 0]))
         same = (wide[order[1:]] == wide[order[:-1]]).all(axis=1)
-        pairs, first = [], -1
+        pairs: list[tuple[int, int]] = []
+        first = -1
         for place in numpy.flatnonzero(same):
             number, before = int(order[place + 1]), int(order[place])
             first = first if pairs and pairs[-1][1] == before else before

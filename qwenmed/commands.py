@@ -29,10 +29,10 @@ def answer_one(assistant: terminal.Assistant, question: str, scenario: str, args
     if args.json:
         for _ in pieces:
             pass
-        sys.stdout.write(controls.json_line(assistant.last_reply.as_row()) + "\n")
+        sys.stdout.write(controls.json_line(assistant.history[-1].as_row()) + "\n")
     else:
         terminal.print_reply(pieces, args.think)
-        warn_if_cut(assistant.last_reply, args.max_tokens)
+        warn_if_cut(assistant.history[-1], args.max_tokens)
     _save_history(assistant, args.save_history)
     return cli.EXIT_OK
 
@@ -91,7 +91,7 @@ def converse(
 
     def ask(question: str, scenario: str) -> Iterator[tuple[str, str]]:
         yield from assistant.stream(question, scenario, args.max_tokens)
-        warn_if_cut(assistant.last_reply, args.max_tokens)
+        warn_if_cut(assistant.history[-1], args.max_tokens)
 
     session = terminal.Session(assistant, ask, scenarios, samples, args.scenario, args.think)
     try:

@@ -36,15 +36,14 @@ def prompt_messages(
         for reply in history
         if reply.said
     ]
+    context = engine.context_length
     for left_out in range(len(turns) + 1):
         messages = chat.user_messages(question, system, [message for turn in turns[left_out:] for message in turn])
-        tokens = engine.count_tokens(messages) if engine.context_length else None
-        if tokens is None or left_out == len(turns) or tokens + max_tokens <= engine.context_length:
+        tokens = engine.count_tokens(messages) if context else None
+        if tokens is None or context is None or left_out == len(turns) or tokens + max_tokens <= context:
             return messages, left_out
         if not truncate:
-            what = (
-                f"对话连同问题有 {tokens} 个 token，加上回答的 {max_tokens} 个超过上下文的 {engine.context_length} 个"
-            )
+            what = f"对话连同问题有 {tokens} 个 token，加上回答的 {max_tokens} 个超过上下文的 {context} 个"
             raise UserError(what, None, "请开始新的对话，减小 -m，或去掉 --no-truncate-history")
     raise AssertionError("the loop returns without turns at the latest")
 

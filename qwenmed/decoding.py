@@ -14,6 +14,7 @@ This module imports torch and transformers at once; it is imported when a model 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -31,7 +32,9 @@ class GrowingLayer(DynamicLayer):
     Shapes: (rows, key/value heads, columns, head size).
     """
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new columns; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -76,7 +79,7 @@ class Batch:
     positions: torch.Tensor
     logits: torch.Tensor
 
-    def step(self, model, tokens: Sequence[int]) -> None:
+    def step(self, model: Any, tokens: Sequence[int]) -> None:
         """Let each row go on with its chosen token."""
         ids = torch.tensor(tokens, device=self.mask.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
@@ -115,7 +118,7 @@ class Batch:
         ]
 
 
-def prefill(model, prompts: Sequence[Sequence[int]], prefix: KeysValues | None, prefix_length: int) -> Batch:
+def prefill(model: Any, prompts: Sequence[Sequence[int]], prefix: KeysValues | None, prefix_length: int) -> Batch:
     """Read the prompts.
 
     Args:
@@ -139,14 +142,14 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefix: KeysValues | None, 
     return Batch(cache, mask, positions[:, -1] + 1, logits)
 
 
-def empty_cache(model) -> DynamicCache:
+def empty_cache(model: Any) -> DynamicCache:
     """A cache whose layers grow in place."""
     cache = DynamicCache()
     cache.layers = [GrowingLayer() for _ in range(model.config.num_hidden_layers)]
     return cache
 
 
-def bytes_per_token(model) -> int:
+def bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token takes in all layers."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -155,7 +158,9 @@ def bytes_per_token(model) -> int:
 
 
 @torch.inference_mode()
-def _forward(model, ids, mask, positions, cache) -> torch.Tensor:
+def _forward(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+) -> torch.Tensor:
     output = model(
         input_ids=ids,
         attention_mask=None if mask.all() else mask,

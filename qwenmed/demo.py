@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from qwenmed import files
 from qwenmed.records import Record
@@ -95,7 +96,7 @@ def build_demo_model(folder: Path, prompts: Iterable[str] = ()) -> Path:
     return folder
 
 
-def demo_config(vocab_size: int, tokenizer):
+def demo_config(vocab_size: int, tokenizer: Any) -> Any:
     """Qwen3's architecture at a few million parameters, embeddings tied as in Qwen3-0.6B."""
     from transformers import Qwen3Config
 
@@ -118,7 +119,7 @@ def demo_config(vocab_size: int, tokenizer):
     )
 
 
-def build_tokenizer(texts: list[str], folder: Path, vocab_size: int = VOCAB_SIZE):
+def build_tokenizer(texts: list[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> Any:
     """Train a byte-level BPE with Qwen3's special tokens and chat template, and save it into `folder`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer

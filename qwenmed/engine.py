@@ -122,8 +122,10 @@ class Engine(Protocol):
 
     name: str
     notice: str
-    context_length: int | None
     fingerprint: str
+
+    @property
+    def context_length(self) -> int | None: ...  # noqa: D102
 
     def count_tokens(self, messages: Messages) -> int | None:
         """Tokens of the rendered prompt, or None if only the server can tell."""
@@ -196,6 +198,7 @@ class ReplyGuide:
 
     def generation(self, reply: chat.Reply, prompt_tokens: int, seconds: float) -> Generation:
         """The finished reply with its counts."""
+        assert self.finish_reason is not None
         return Generation(
             reply=reply,
             finish_reason=self.finish_reason,

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenmed import chat, files
 from qwenmed.controls import as_plain_words
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Of the 40,960 tokens that Qwen3 has, those that are given memory: the cache of all would take 4.5 GB.
 CONTEXT = 8192
 MAGIC = b"GGUF"
+
+T = TypeVar("T")
 
 
 class LlamaEngine:
@@ -126,7 +128,7 @@ class LlamaEngine:
             except UserError as error:
                 yield error
 
-    def _tokens(self, ids: Sequence[int], sampling: Sampling):
+    def _tokens(self, ids: Sequence[int], sampling: Sampling) -> Any:
         self._llama.set_seed(int(time.time_ns() % 2**31) if sampling.seed is None else sampling.seed)
         return self._llama.generate(
             ids,
@@ -196,7 +198,7 @@ def _recommended(metadata: dict[str, str]) -> Sampling:
     return Sampling(_number(metadata, "temp", None), _number(metadata, "top_p", None))
 
 
-def _number(metadata: dict[str, str], name: str, default: float | None) -> float | None:
+def _number(metadata: dict[str, str], name: str, default: T) -> float | T:
     try:
         return float(metadata[f"general.sampling.{name}"])
     except (KeyError, ValueError):

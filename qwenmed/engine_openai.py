@@ -147,6 +147,9 @@ class OpenAIEngine:
         """
         from concurrent.futures import Future, ThreadPoolExecutor
 
+        failures, stopped = 0, threading.Event()
+        pending: deque[Any] = deque()
+
         def settle(item: Any) -> Any:
             nonlocal failures
             if not isinstance(item, Future):
@@ -157,7 +160,6 @@ class OpenAIEngine:
                 raise UserError(f"服务器连续 {failures} 题失败，已停止：{result.what}", self._base_url, result.remedy)
             return result
 
-        failures, pending, stopped = 0, deque(), threading.Event()
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             for prompt in prompts:
@@ -174,6 +176,7 @@ class OpenAIEngine:
         for attempt in range(BROKEN_STREAM_RETRIES + 1):
             try:
                 *_, generation = self._stream(prompt, stopped)
+                assert isinstance(generation, Generation)
                 return generation
             except ServerError as error:
                 failure = error
@@ -200,7 +203,7 @@ class OpenAIEngine:
             if reader.finish_reason is None:
                 raise ServerError("服务器中途断开，回答不完整", self._base_url, "请再试一次，或查看服务器的日志")
 
-    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any], sampling: Sampling):
+    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any], sampling: Sampling) -> Any:
         import openai
 
         fields: dict[str, Any] = {

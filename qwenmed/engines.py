@@ -101,6 +101,7 @@ def open_engine(settings: EngineSettings, for_batch: bool = False) -> Engine:
     if settings.engine == OPENAI:
         from qwenmed.engine_openai import OpenAIEngine
 
+        assert settings.base_url is not None  # or the settings would have refused
         cli.note(f"正在连接 {settings.base_url}")
         engine = OpenAIEngine(
             settings.base_url,

@@ -133,11 +133,11 @@ def read_urgency_questions(path: Path = URGENCY_QUESTIONS) -> list[UrgencyQuesti
     """
     found = []
     for number, (place, row) in enumerate(rows.read_rows(files.require_file(path, "紧急程度题文件")), 1):
-        question = row.get("question") if isinstance(row, dict) else None
-        emergency = row.get("emergency", row.get("level")) if isinstance(row, dict) else None
+        fields = row if isinstance(row, dict) else {}
+        question, emergency = fields.get("question"), fields.get("emergency", fields.get("level"))
         if not isinstance(question, str) or not question.strip() or emergency is None:
             raise UserError("紧急程度题缺少 question 或 emergency", place, '应为 {"question": "…", "emergency": true}')
-        found.append(UrgencyQuestion(str(row.get("id", number)), question, emergency in (True, triage.EMERGENCY)))
+        found.append(UrgencyQuestion(str(fields.get("id", number)), question, emergency in (True, triage.EMERGENCY)))
     return found
 
 
@@ -172,25 +172,25 @@ def evaluate(candidate: Candidate, plan: Plan, predictions: Predictions, progres
     if candidate.checkpoint is None:
         engine = engines.open_engine(candidate.settings, for_batch=True)
     else:
-        engine = _load(candidate)
+        loaded = _load(candidate)
         if PERPLEXITY in plan.parts:
             _complete(
-                _references(candidate, plan, engine),
-                lambda texts: map(dataclasses.asdict, scoring.score_references(engine.model, texts)),
+                _references(candidate, plan, loaded),
+                lambda texts: map(dataclasses.asdict, scoring.score_references(loaded.model, texts)),
                 predictions,
                 progress,
             )
         if CHOICES in plan.parts:
             _complete(
-                _letters(candidate, plan, engine),
-                lambda asked: _chosen(engine, asked, plan.system),
+                _letters(candidate, plan, loaded),
+                lambda asked: _chosen(loaded, asked, plan.system),
                 predictions,
                 progress,
             )
-        for row in lm_tasks.run(engine.model, engine.tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
+        for row in lm_tasks.run(loaded.model, loaded.tokenizer, plan.lm_tasks) if plan.lm_tasks else ():
             predictions.add({"model": candidate.label, "part": LM_TASKS, **row})
         progress.clear()
-        engine = _for_generation(candidate, engine)
+        engine = _for_generation(candidate, loaded)
     _answer(candidate, plan, engine, predictions, progress)
     return engine.notice
 
@@ -199,6 +199,7 @@ def _load(candidate: Candidate) -> TransformersEngine:
     """The model in fp32, for likelihoods."""
     import torch
 
+    assert candidate.checkpoint is not None
     device = hardware.pick_device(candidate.settings.device)
     cli.note(f"{candidate.label}：{candidate.checkpoint.kind} {candidate.checkpoint.path}（{device.type}）")
     model, tokenizer = checkpoints.load(candidate.checkpoint, torch.float32)
@@ -208,6 +209,7 @@ def _load(candidate: Candidate) -> TransformersEngine:
 
 def _for_generation(candidate: Candidate, engine: TransformersEngine) -> TransformersEngine:
     """The same model in the type that it generates in."""
+    assert candidate.checkpoint is not None
     dtype = engines.generation_dtype(candidate.settings, engine.model.device, candidate.checkpoint, BATCH_SIZE)
     return engines.engine_of(candidate.settings, candidate.checkpoint, engine.model.to(dtype), engine.tokenizer)
 

@@ -8,7 +8,7 @@ took 2 to 3 times as long here (benchmarks/).
 """
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def add_loss_head(model: "PreTrainedModel") -> None:
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() looks at the signature
-    def forward(*args, only_loss: bool = False, **kwargs):
+    def forward(*args: Any, only_loss: bool = False, **kwargs: Any) -> Any:
         if not only_loss:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")

@@ -104,7 +104,7 @@ def fetch_dataset(
     """
     ids = {name: dataset_id or DATASET_IDS[name] for name in ([source] if source else SOURCES)}
     known = {name: id_ for name, id_ in ids.items() if id_}
-    if not known:
+    if source and not known:
         remedy = "请用 --source modelscope，或自行下载后用 --source 指定文件或目录"
         raise UserError(f"{SOURCES[source].title} 上没有已核实的默认数据集，需要给出数据集 ID", None, remedy)
     if local_dir.is_dir() and any(local_dir.iterdir()):

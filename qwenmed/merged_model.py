@@ -95,6 +95,7 @@ def check_base(checkpoint: checkpoints.Checkpoint) -> str:
 
 def _wrong_shape(checkpoint: checkpoints.Checkpoint) -> str | None:
     """The first of an adapter's matrices that its base has no fitting place for, in words."""
+    assert checkpoint.base is not None
     base = checkpoints.tensor_shapes(checkpoint.base)
     for name, shape in checkpoints.tensor_shapes(checkpoint.path).items():
         layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")

@@ -36,7 +36,8 @@ def card(
         usage: commands.
         self_test: its table, or None.
     """
-    losses = run.get("metrics") if isinstance(run.get("metrics"), dict) else {}
+    metrics = run.get("metrics")
+    losses = metrics if isinstance(metrics, dict) else {}
     shown = {"first_loss": "训练开始", "last_loss": "训练结束", "last_eval_loss": "验证"}
     told = [f"{title} {losses[key]:.4f}" for key, title in shown.items() if isinstance(losses.get(key), (int, float))]
     return _render(
@@ -108,7 +109,7 @@ def _render(page: str, **values: Any) -> str:
 def _base_id(run: Mapping[str, Any]) -> str:
     """The hub's ID of what the training began from, or "" where it was a folder."""
     settings = run.get("settings")
-    model = settings.get("model") if isinstance(settings, dict) else None
+    model: Any = settings.get("model") if isinstance(settings, dict) else None
     is_id = isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
     return model if is_id and not model.startswith((".", "output/", "models/", "exports/")) else ""
 

@@ -89,7 +89,9 @@ class Index:
         self._threshold = threshold
         self._number, self._size = bands(threshold)
         self._open = stack = contextlib.ExitStack()
-        files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(self._number + 1)]
+        files: list[IO[bytes]] = [
+            stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(self._number + 1)
+        ]
         self._signatures: IO[bytes] = files[0]
         self._columns: list[IO[bytes]] = files[1:]
         self.count = 0

@@ -14,6 +14,7 @@ expired in 2013, landlines without area code, foreign numbers, unusual groupings
 import datetime
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -79,7 +80,8 @@ def redact(text: str) -> Redacted:
     for start, stop, _ in found:  # the digits of an address are no number
         rest[start:stop] = "@" * (stop - start)
     found += _numbers("".join(rest))
-    pieces, counts, end = [], Counter(), 0
+    counts: Counter[str] = Counter()
+    pieces, end = [], 0
     for start, stop, kind in sorted(found):
         pieces += [text[end:start], f"[{kind}]"]
         counts[kind] += 1
@@ -113,7 +115,7 @@ def is_identity_number(number: str) -> bool:
     return "10X98765432"[total % 11] == number[-1].upper()
 
 
-def _addresses(text: str):
+def _addresses(text: str) -> Iterator[tuple[int, int, str]]:
     end = 0
     for sign in re.finditer("@", text):
         start, first = sign.start(), max(end, sign.start() - _LONGEST_LOCAL_PART)
@@ -125,7 +127,7 @@ def _addresses(text: str):
             yield start, end, EMAIL
 
 
-def _numbers(text: str):
+def _numbers(text: str) -> Iterator[tuple[int, int, str]]:
     groups = [group.span() for group in _GROUP.finditer(text)]
     lengths = [stop - start for start, stop in groups]
     # Whether a group may go on in the next one.
@@ -144,7 +146,8 @@ def _numbers(text: str):
 
 def _candidates(lengths: list[int], goes_on: list[bool], first: int) -> list[int]:
     """The last groups with which the groups from `first` are grouped as such a number; the longest first."""
-    grouping, found = (), []
+    grouping: tuple[int, ...] = ()
+    found = []
     for last in range(first, len(lengths)):
         grouping += (lengths[last],)
         if grouping in _ALL_GROUPINGS:

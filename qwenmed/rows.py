@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from qwenmed import files, json_list
 from qwenmed.errors import UserError
@@ -105,7 +105,8 @@ def _readable(path: Path, rows: Rows) -> Rows:
     raise UserError("文件不是 UTF-8 编码", path, remedy)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> Any:
+    """A binary file for reading, unpacked where it is gzipped."""
     files.require_file(path)
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 

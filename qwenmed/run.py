@@ -2,6 +2,7 @@
 
 import pickle
 import signal
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,9 +141,9 @@ class Run:
                 Prompt(chat.record_messages(record, record.system or general), self.settings.sample_tokens)
                 for record in wanted
             ]
-            replies = list(engine.generate(prompts))
-            found |= measures.behaviour([evaluation.reply_row(each) for each in replies])
-            samples = [_sample(record, generation) for record, generation in zip(wanted, replies, strict=True)]
+            answered = _answered(wanted, engine.generate(prompts))
+            found |= measures.behaviour([evaluation.reply_row(generation) for _, generation in answered])
+            samples = [_sample(record, generation) for record, generation in answered]
             files.write_whole({self.folder / SAMPLES_FILE: files.to_jsonl(samples)})
             self.tracker.log_texts(
                 "samples", [sample["generated_answer"] for sample in samples], trainer.state.global_step
@@ -203,6 +204,19 @@ def _shown(estimate: Estimate) -> str:
     """A perplexity with its 95 % interval."""
     interval = "" if estimate.low is None else f" [{estimate.low:,.2f}, {estimate.high:,.2f}]"
     return f"{estimate.value:,.2f}{interval}"
+
+
+def _answered(
+    wanted: Sequence[records.Record], results: "Iterable[Generation | UserError]"
+) -> "list[tuple[records.Record, Generation]]":
+    """The records with their replies; what failed is said and left out, for the training itself has succeeded."""
+    answered = []
+    for record, result in zip(wanted, results, strict=True):
+        if isinstance(result, UserError):
+            cli.note(f"一条样本没有生成：{result}")
+        else:
+            answered.append((record, result))
+    return answered
 
 
 def _sample(record: records.Record, generation: "Generation") -> dict[str, Any]:

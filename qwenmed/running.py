@@ -83,11 +83,13 @@ class Running:
 
     def _keep(self, places: list[int]) -> None:
         if len(places) < len(self.rows):
+            assert self._batch is not None
             self.rows = [self.rows[i] for i in places]
             self._batch = self._batch.keep(places) if places else None
 
     def _chosen(self) -> list[int]:
         """Each row's next token, which its guide has then taken."""
+        assert self._batch is not None
         if all(row.sampler is self.rows[0].sampler for row in self.rows):
             chosen = self.rows[0].sampler.choose(self._batch.logits, [row.generator for row in self.rows])
         else:
@@ -95,6 +97,7 @@ class Running:
         return [row.guide.take(token) for row, token in zip(self.rows, chosen, strict=True)]
 
     def _chosen_by_sampler(self) -> list[int]:
+        assert self._batch is not None
         places: dict[Sampler, list[int]] = {}
         for place, row in enumerate(self.rows):
             places.setdefault(row.sampler, []).append(place)

@@ -11,8 +11,8 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from qwenmed import chat
 from qwenmed.engine import Chunk, Engine, Generation, Messages, Prompt, Sampling
@@ -78,7 +78,7 @@ class Scheduler:
         """Replies that are being generated now."""
         return len(self._serving) if self._batching else self._direct
 
-    def stream(self, prompt: Prompt, ticket: Ticket) -> Iterator[Chunk | Generation]:
+    def stream(self, prompt: Prompt, ticket: Ticket) -> Generator[Chunk | Generation, None, None]:
         """The reply's chunks as they come and then its `Generation`, as `Engine.stream`.
 
         Raises:
@@ -87,6 +87,11 @@ class Scheduler:
         """
         return self._batched(prompt, ticket) if self._batching else self._by_itself(prompt, ticket)
 
+    @property
+    def _model(self) -> "TransformersEngine":
+        """The engine, where rows are decoded together."""
+        return cast("TransformersEngine", self.engine)
+
     def close(self) -> None:
         """End the decoding; those who still wait get a `UserError`."""
         self._closed = True
@@ -94,7 +99,7 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
-    def _by_itself(self, prompt: Prompt, ticket: Ticket) -> Iterator[Chunk | Generation]:
+    def _by_itself(self, prompt: Prompt, ticket: Ticket) -> Generator[Chunk | Generation, None, None]:
         while not self._free.acquire(timeout=WAIT_SECONDS):
             if ticket.cancelled:  # who has gone does not wait for a place
                 raise Cancelled
@@ -108,8 +113,8 @@ class Scheduler:
             self._direct -= 1
             self._free.release()
 
-    def _batched(self, prompt: Prompt, ticket: Ticket) -> Iterator[Chunk | Generation]:
-        engine: TransformersEngine = self.engine
+    def _batched(self, prompt: Prompt, ticket: Ticket) -> Generator[Chunk | Generation, None, None]:
+        engine = self._model
         ticket.row = row = engine.row(0, prompt)
         parser, text = chat.ReplyParser(engine.tokenizer.decode(row.ids)), chat.TokenText(engine.tokenizer)
         self._inbox.put(ticket)
@@ -133,7 +138,7 @@ class Scheduler:
     def _decode(self) -> None:
         from qwenmed.running import Running
 
-        running = Running(self.engine)
+        running = Running(self._model)
         waiting: list[Ticket] = []
         while not self._closed:
             self._collect(waiting, block=not running.rows and not waiting)
@@ -141,8 +146,8 @@ class Scheduler:
                 running.drop([row for row, ticket in self._serving.items() if ticket.cancelled])
                 self._serving = {row: self._serving[row] for row in running.rows}
                 if arriving := self._arriving(running.rows, waiting):
-                    self._serving |= {ticket.row: ticket for ticket in arriving}
-                    running.add([ticket.row for ticket in arriving])
+                    self._serving |= {_row(ticket): ticket for ticket in arriving}
+                    running.add([_row(ticket) for ticket in arriving])
                 for row, token in running.choose() if running.rows else []:
                     self._serving[row].events.put(token)
                 running.advance()
@@ -166,7 +171,7 @@ class Scheduler:
         """The tickets that get a place now, first come first served."""
         if not waiting or len(rows) >= self.slots:
             return []
-        fit = self.engine.rows_that_fit([*rows, *(ticket.row for ticket in waiting)])
+        fit = self._model.rows_that_fit([*rows, *map(_row, waiting)])
         count = max(0 if rows else 1, min(self.slots, fit) - len(rows))
         arriving, waiting[:] = waiting[:count], waiting[count:]
         return arriving
@@ -178,7 +183,13 @@ class Scheduler:
         for ticket in self._serving.values():
             ticket.events.put(told)
         self._serving = {}
-        self.engine.forget_prefixes()
+        self._model.forget_prefixes()
+
+
+def _row(ticket: Ticket) -> "Row":
+    """The row of a ticket that has come in."""
+    assert ticket.row is not None
+    return ticket.row
 
 
 class Caller:

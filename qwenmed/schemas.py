@@ -205,7 +205,7 @@ def _completion(row: dict[str, Any]) -> list[Any]:
 
 
 def _sharegpt(row: dict[str, Any], mapping: Mapping[str, str]) -> list[Record]:
-    turns = row.get("conversations") or row.get("conversation")
+    turns: list[Any] = row.get("conversations") or row["conversation"]
     openai = bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
     return _conversation(turns, row, *(("role", "content") if openai else ("from", "value")))
 

@@ -71,6 +71,7 @@ class Reader:
             self._has_fields = True
             chunks.append(("thinking", reasoning))
         if delta.content:
+            assert self._parser is not None  # `begin_answer` gives each stream its own
             chunks += [("answer", delta.content)] if self._has_fields else self._parser.feed(delta.content)
         if choice.finish_reason:
             self.finish_reason = "length" if choice.finish_reason == "length" else "stop"

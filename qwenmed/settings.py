@@ -197,7 +197,7 @@ class EvalSettings:
         require(self, "max_tokens", self.max_tokens >= 1, "至少为 1")
         require(self, "seed", 0 <= self.seed < 2**32, "应在 0 与 2³²-1 之间")
         unknown = set(self.wanted_parts) - set(EVAL_PARTS)
-        require(self, "parts", self.wanted_parts and not unknown, f"可选 {'、'.join(EVAL_PARTS)}")
+        require(self, "parts", bool(self.wanted_parts) and not unknown, f"可选 {'、'.join(EVAL_PARTS)}")
 
     @property
     def wanted_parts(self) -> list[str]:

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from qwenmed.answers import AssistantReply
-from qwenmed.batch import AUTO
+from qwenmed.batch import AUTO, Answered, Request
 from qwenmed.controls import printable
 from qwenmed.errors import UserError
 
@@ -46,12 +46,16 @@ _ALONE = {name: command[0] for command in COMMANDS for name in command if name n
 class Assistant(Protocol):
     """What the terminal needs of an assistant; see `MedicalAssistant`."""
 
-    last_reply: AssistantReply | None
     history: list[AssistantReply]
 
+    @property
+    def last_reply(self) -> AssistantReply | None: ...  # noqa: D102
+    def load_model(self, for_batch: bool = False) -> Any: ...  # noqa: D102
+    def stream(self, question: str, scenario_type: str, max_tokens: int) -> Iterator[tuple[str, str]]: ...  # noqa: D102
+    def batch(self, rows: Iterable[Request], *, answered: Answered | None) -> Iterator[dict[str, Any]]: ...  # noqa: D102
     def clear(self) -> None: ...  # noqa: D102
     def take_back(self) -> AssistantReply | None: ...  # noqa: D102
-    def save_conversation(self, path: Path | None = None) -> Path: ...  # noqa: D102
+    def save_conversation(self, path: str | Path | None = None) -> Path: ...  # noqa: D102
     def load_conversation(self, path: Path) -> int: ...  # noqa: D102
 
 
@@ -66,7 +70,7 @@ class Display:
         think: "show", "hide", or "summary" – one line that says how long it is.
     """
 
-    def __init__(self, out=None, think: str = "show") -> None:
+    def __init__(self, out: TextIO | None = None, think: str = "show") -> None:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
         self._colour = self._live and "NO_COLOR" not in os.environ
@@ -144,7 +148,7 @@ class Session:
     ) -> None:
         self._assistant, self._ask = assistant, ask
         self._scenarios, self._samples = {**scenarios, AUTO: "自动选择"}, samples
-        self._scenario = scenario
+        self._scenario = scenario or ""  # none chosen yet
         self._think = think
         self._offered: Sequence[str] = ()
         self._read = line_reader()
@@ -153,7 +157,7 @@ class Session:
         """Talk until the user leaves or the input ends."""
         print("Qwen3 医疗助手。输入 /help 查看命令，/quit 退出。")
         try:
-            if self._scenario is None:
+            if not self._scenario:
                 self._choose_scenario()
             else:
                 self._announce()

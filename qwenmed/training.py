@@ -255,7 +255,7 @@ def build_trainer(
             callbacks=list(callbacks),
         )
     except ValueError as error:
-        if "target modules" in str(error).lower():
+        if peft_config is not None and "target modules" in str(error).lower():
             raise UserError(
                 f"模型里没有这些层：{peft_config.target_modules}", None, "请用 --target-modules all-linear"
             ) from error

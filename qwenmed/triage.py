@@ -71,8 +71,8 @@ class Rule:
             if alternatives.isdisjoint(present):
                 return None
         words: list[str] = []
-        for alternatives in self.needs:
-            found = next((w for sign in alternatives if (w := present.get(sign)) and not _same(w, words)), None)
+        for group in self.needs:
+            found = next((w for sign in group if (w := present.get(sign)) and not _same(w, words)), None)
             if found is None:
                 return None
             words.append(found)
@@ -104,9 +104,9 @@ def assess(question: str) -> Urgency:
             continue
         if fired and rule.level == URGENT and fired[0][0].level == EMERGENCY:
             break
-        words = rule.fired_by(present)
-        if words is not None:
-            fired.append((rule, words))
+        fired_by = rule.fired_by(present)
+        if fired_by is not None:
+            fired.append((rule, fired_by))
     if not fired:
         return Urgency(ROUTINE)
     level = fired[0][0].level

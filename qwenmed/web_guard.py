@@ -27,7 +27,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 
-Scope, Message = dict[str, Any], dict[str, Any]
+Scope = dict[str, Any]
+Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 

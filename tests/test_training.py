@@ -10,7 +10,9 @@ import time
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
-from qwenmed import chat, checkpoints, training
+from qwenmed import chat, checkpoints, run, training
+from qwenmed.engine import Generation
+from qwenmed.errors import UserError
 from qwenmed.records import Record
 from qwenmed.settings import LoraSettings, TrainSettings
 
@@ -256,3 +258,11 @@ def test_best_by_last_keeps_the_last_checkpoint_even_when_validation_gets_worse(
     validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert validation[-1] > validation[0]  # it is learning by heart
     assert checkpoints.run_checkpoint(trained.run, "best").name == "checkpoint-110"
+
+
+def test_a_sample_that_could_not_be_generated_spoils_no_finished_training(capsys):
+    made = Generation(chat.Reply("想", "答"), "stop", 9, 2, 2, 0.1)
+    answered = run._answered(RECORDS[:3], [made, UserError("内存或显存不足", None, "请减小 -m"), made])
+    assert answered == [(RECORDS[0], made), (RECORDS[2], made)]
+    assert "一条样本没有生成：内存或显存不足" in capsys.readouterr().err
+    assert run._answered([], []) == []
