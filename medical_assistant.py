@@ -71,6 +71,7 @@ class MedicalAssistant:
         self.truncate_history = truncate_history
         self.history: list[AssistantReply] = []
         self._engine: Engine | None = None if isinstance(engine, str) else engine
+        self._trained_prompts: engines.TrainedPrompts | None = None
 
     @property
     def last_reply(self) -> AssistantReply | None:
@@ -88,6 +89,7 @@ class MedicalAssistant:
         """
         if self._engine is None:
             self._engine = engines.open_engine(self.settings, for_batch)
+            self._trained_prompts = engines.TrainedPrompts(self.settings, self._engine)
         return self
 
     def ask_question(
@@ -232,6 +234,8 @@ class MedicalAssistant:
     ) -> list[dict[str, str]]:
         """The prompt, with as many of the newest turns as leave room for the reply."""
         assert self._engine is not None
+        if self._trained_prompts and not system:
+            self._trained_prompts.warn_of(MEDICAL_PROMPTS[scenario], MEDICAL_SCENARIOS[scenario])
         messages, left_out = conversation.prompt_messages(
             question,
             system or MEDICAL_PROMPTS[scenario],
@@ -250,6 +254,8 @@ class MedicalAssistant:
         known = answered and answered.find(row.id, row.question, row.scenario, settings_of(row.max_tokens))
         if known:
             return known
+        if self._trained_prompts:
+            self._trained_prompts.warn_of(MEDICAL_PROMPTS[row.scenario], MEDICAL_SCENARIOS[row.scenario])
         messages = chat.user_messages(row.question, MEDICAL_PROMPTS[row.scenario])
         return Prompt(messages, row.max_tokens, self.settings.think_budget)
 

@@ -193,6 +193,16 @@ def check_states(path: Path) -> None:
             raise UserError("优化器、调度器或随机数的状态不完整", state, remedy)
 
 
+def trained_prompts(path: Path) -> frozenset[str]:
+    """The hashes of the system prompts that a model was trained with; empty where it does not say.
+
+    Args:
+        path: a checkpoint, an export, or a GGUF file beside whose card it lies.
+    """
+    found = _card(path if path.is_dir() else path.parent).get("system_prompts")
+    return frozenset(found) if isinstance(found, list) and all(isinstance(each, str) for each in found) else frozenset()
+
+
 def write_card(path: Path, card: dict[str, Any]) -> None:
     """Let a checkpoint say of itself how it was made."""
     files.write_json(path / CARD_FILE, card)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import checkpoints, cli, hardware
+from qwenmed import checkpoints, cli, hardware, tracking
 from qwenmed.cli import setting
 from qwenmed.engine import Engine, Sampling
 from qwenmed.engine_transformers import BATCH_SIZE, TransformersEngine
@@ -119,6 +119,28 @@ def open_engine(settings: EngineSettings, for_batch: bool = False) -> Engine:
         cli.note(f"正在载入：GGUF {path}（llama.cpp）")
         return LlamaEngine(path, settings.sampling)
     return _open_transformers(settings, BATCH_SIZE if for_batch else 1)
+
+
+class TrainedPrompts:
+    """The system prompts that a model was trained with here, and a word about those that it was not.
+
+    Args:
+        settings: with which the engine was opened.
+        engine: the engine.
+    """
+
+    def __init__(self, settings: EngineSettings, engine: Engine) -> None:
+        local = settings.engine != OPENAI  # a server's model has a name and no folder
+        self._hashes = checkpoints.trained_prompts(Path(engine.name)) if local else frozenset()
+        self._warned: set[str] = set()
+
+    def warn_of(self, system: str, title: str) -> None:
+        """Say once of a prompt that the model has not met in training; a model from elsewhere has met none of ours."""
+        if not self._hashes or system in self._warned or tracking.prompt_hash(system) in self._hashes:
+            return
+        self._warned.add(system)
+        remedy = "用 --system-prompts mixed 重新训练可以避免"
+        cli.note(f"注意：这个检查点训练时没有见过“{title}”的系统提示词，回答的格式可能不稳；{remedy}")
 
 
 def find_checkpoint(settings: EngineSettings) -> checkpoints.Checkpoint:

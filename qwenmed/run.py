@@ -73,6 +73,9 @@ class Run:
             "base_weights_sha256": checkpoints.weights_sha256(self.model_folder),
             "settings": asdict(self.settings),
             "data": {part: {key: rows.summary[part][key] for key in ("file", "sha256")} for part in rows.summary},
+            "system_prompts": sorted(
+                each for seen in rows.summary["train"]["system_prompts"].values() for each in seen["hashes"]
+            ),
             "chat_template_sha256": tracking.text_hash(tokenizer.chat_template),
         }
         self.file.update(

@@ -62,9 +62,9 @@ def suggest(question: str, scenarios: Collection[str], fallback: str) -> Suggest
     def count(scenario: str, weight: int, word: str) -> None:
         found.setdefault(scenario, []).append((weight, word))
 
-    present = {word for _, word in _automaton().iter(text)}
+    present = list(dict.fromkeys(word for _, word in _automaton().iter(text)))
     for scenario, weighted in _table().items():
-        here = [word for word in weighted if word in present]
+        here = [word for word in present if word in weighted]
         for word in here:
             if not any(word != other and word in other for other in here):
                 count(scenario, weighted[word], word)

@@ -56,6 +56,11 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def prompt_hash(prompt: str) -> str:
+    """By which a system prompt is known again in run.json and checkpoint.json."""
+    return text_hash(prompt)[:16]
+
+
 def library_versions() -> dict[str, str]:
     """The versions of the packages a run depends on."""
     versions = {}

@@ -4,12 +4,13 @@ TRL's SFTTrainer does the training. What is decided here: rows never lose their 
 thinking, answer and `<|im_end|>` only, no pure fp16 weights, and a checkpoint counts only when it is whole.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, lengths, records, scenarios, sources
+from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, lengths, records, scenarios, sources, tracking
 from qwenmed.errors import UserError
 from qwenmed.settings import LoraSettings, Settings, TrainSettings, listed, load_settings, recommended
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
+
+# A data set in which every row has a system prompt of its own does not fill run.json with them.
+MOST_PROMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,24 @@ def load_rows(
             "shortened": report.shortened,
             "dropped": report.dropped,
             "tokens": sum(report.lengths),
+            "system_prompts": _prompts_seen(
+                rows, {general: "general", **{text: name for name, text in by_scenario.items()}}
+            ),
             **({"texts": leaks.fingerprints(kept[part])} if part == "train" else {}),
         }
     return Rows(fitted["train"], fitted["val"], kept["val"], summary)
+
+
+def _prompts_seen(rows: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The system prompts of the samples, by name ("own" for those that rows bring along): their hashes and samples."""
+    counts = Counter(row["prompt"][0]["content"] for row in rows if row["prompt"][0]["role"] == "system")
+    seen: dict[str, dict[str, Any]] = {}
+    for text, count in counts.items():
+        entry = seen.setdefault(names.get(text, "own"), {"hashes": [], "samples": 0})
+        entry["samples"] += count
+        if len(entry["hashes"]) < MOST_PROMPTS:
+            entry["hashes"].append(tracking.prompt_hash(text))
+    return seen
 
 
 def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", autocast: str | None) -> "SFTConfig":

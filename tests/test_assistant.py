@@ -239,3 +239,30 @@ def test_help_answers_without_loading_anything_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert "women_health 女性健康" in done.stdout.decode()
+
+
+def test_checkpoint_says_which_prompts_it_was_trained_with_and_others_are_warned_of_once(best, tmp_path):
+    import shutil
+
+    from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
+    from qwenmed import tracking
+
+    card = json.loads((best.path / "checkpoint.json").read_text(encoding="utf-8"))
+    assert tracking.prompt_hash(GENERAL_PROMPT) in card["system_prompts"]
+    run = json.loads((best.path.parent / "run.json").read_text(encoding="utf-8"))
+    seen = run["data"]["train"]["system_prompts"]
+    assert sum(each["samples"] for each in seen.values()) == run["data"]["train"]["samples"] and "general" in seen
+    copy = tmp_path / "checkpoint-1"
+    shutil.copytree(best.path, copy)
+    card["system_prompts"] = [tracking.prompt_hash(MEDICAL_PROMPTS["nutrition"])]
+    (copy / "checkpoint.json").write_text(json.dumps(card), encoding="utf-8")
+    questions = tmp_path / "in.jsonl"
+    questions.write_text(
+        "".join(
+            json.dumps({"question": "怎么吃？", "scenario": scenario}) + "\n"
+            for scenario in ("nutrition", "pediatric", "pediatric")
+        ),
+        encoding="utf-8",
+    )
+    done = run_script("medical_assistant.py", "-c", copy, "-b", questions, "-o", "out.jsonl", "-m", "4", cwd=tmp_path)
+    assert done.status == 0 and done.err.count("没有见过") == 1 and "“儿科咨询”的系统提示词" in done.err, done.err
