@@ -9,6 +9,7 @@ Rules (each printed once where it is used, with the option that overrides it):
 
 import contextlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from qwenmed.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# Rows whose logits exist at one time (head.CHUNK_ROWS).
+HEAD_ROWS = 512
 # Bytes a parameter takes in full fine-tuning with AdamW: weight, gradient and two moments, all fp32.
 FP32_TRAINING_BYTES = 16
 # Share of the card that weights and optimizer may fill, so that activations have room.
@@ -79,6 +82,42 @@ def full_precision(device: "torch.device", parameters: int) -> Precision:
     return Precision(
         torch.bfloat16, "bf16", f"显存放不下 fp32 主权重（需约 {parameters * 16 / 2**30:.1f} GiB），改用 bf16 权重"
     )
+
+
+def training_bytes(
+    config: Mapping[str, Any], parameters: int, precision: Precision, tokens: int, lora_rank: int | None = None
+) -> dict[str, int]:
+    """What a training step holds in memory, computed from the model's sizes; bytes by kind.
+
+    Weights, gradients and AdamW's two moments are exact; activations (with checkpointing on a GPU, without on a CPU)
+    and the head are an estimate that leaves out the libraries' own buffers.
+
+    Args:
+        config: the model's config.json.
+        parameters: of the model.
+        tokens: in one batch: sequences times their length.
+        lora_rank: of the adapters on all linear layers; None for full fine-tuning.
+    """
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    size = precision.weights.itemsize
+    heads = config["num_attention_heads"] * config["head_dim"]
+    shared = config["num_key_value_heads"] * config["head_dim"]
+    trained = parameters
+    if lora_rank is not None:
+        ends = [(width, heads), (width, shared), (width, shared), (heads, width), *[(width, inner)] * 3]
+        trained = layers * lora_rank * sum(into + out for into, out in ends)
+    state = 4 if lora_rank is not None else size
+    half = 2 if precision.autocast else size
+    layer = tokens * (6 * width + 2 * (heads + shared) + 3 * inner) * half
+    checkpointed = precision.autocast is not None
+    chunk = min(tokens, HEAD_ROWS) * config["vocab_size"]
+    return {
+        "权重": parameters * size + (trained * 4 if lora_rank is not None else 0),
+        "梯度": trained * state,
+        "优化器": 2 * trained * state,
+        "激活": tokens * width * layers * half + layer if checkpointed else layers * layer,
+        "输出层": 2 * chunk * 4,
+    }
 
 
 def lora_precision(device: "torch.device") -> Precision:

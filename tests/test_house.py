@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 SCRIPTS = [
-    "data", "download_model", "eval", "export", "inference", "medical_assistant", "prompts", "serve", "train",
+    "data", "doctor", "download_model", "eval", "export", "inference", "medical_assistant", "prompts", "serve", "train",
     "train_lora",
 ]  # fmt: skip
 
@@ -54,7 +54,19 @@ FLOORS = [
         "read_back",
         "scheduler",
     ],
-    ["training", "engines", "evaluation", "measures", "run", "terminal", "commands", "self_test"],
+    [
+        "training",
+        "engines",
+        "evaluation",
+        "measures",
+        "run",
+        "terminal",
+        "commands",
+        "self_test",
+        "checkup",
+        "checkup_machine",
+        "checkup_training",
+    ],
     ["comparison", "judge", "report", "model_card", "web_guard", "api_types", "metrics", "jobs", "api"],
 ]
 ORDER = [name for floor in FLOORS for name in floor]
