@@ -3,6 +3,7 @@
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
 # make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
+# make test-readme 两份 README 里的每条命令，逐字运行或核对（约 5 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
@@ -17,7 +18,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve screenshots bench-assistant bench-eval bench-export bench-serve lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve test-readme screenshots bench-assistant bench-eval bench-export bench-serve lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -74,7 +75,7 @@ QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼�
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving --ignore tests/readme
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
 test-faults: $(VENV)/.ready-dev
@@ -89,6 +90,10 @@ test-exports: $(VENV)/.ready-gguf
 # API 与网页（网页需要 Chromium）。
 test-serve: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/serving
+
+# 一条接一条，像读者那样；占用 8000 端口。
+test-readme: $(VENV)/.ready-dev
+	$(PY) -m pytest tests/readme
 
 screenshots: $(VENV)/.ready-dev
 	SCREENSHOTS=$(ROOT)/docs/images $(PY) -m pytest tests/serving/test_chat_page.py
