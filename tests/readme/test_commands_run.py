@@ -33,7 +33,7 @@ from readme_commands import Command, all_commands
 PROJECT = ("qwenmed", "configs", "Makefile", "pyproject.toml", "requirements.txt", "sample_questions.json")
 FOUR_STEPS = "{max_steps: 4, eval_steps: 2, gradient_accumulation_steps: 1, sample_tokens: 32}"
 RECOMMENDED = f"full: {FOUR_STEPS}\nlora: {FOUR_STEPS}\n"
-CONTEXT = 768  # tokens, in which the replies of a model that has learnt next to nothing end
+CONTEXT = 512  # tokens, in which the replies of a model that has learnt next to nothing end
 PORT = 8000  # as the READMEs say
 LONGEST = 900  # seconds; machines may be busy
 
@@ -89,6 +89,7 @@ class Reader:
             "MODELSCOPE_ENDPOINT": hub.url,
             "HF_ENDPOINT": hub.url,
             "HF_HUB_OFFLINE": "0" if "download_model.py" in text else "1",
+            "OMP_NUM_THREADS": "1",  # beside other work, two threads wait for each other
             "NO_PROXY": "*",
             "TERM": "dumb",
         }
