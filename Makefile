@@ -3,7 +3,7 @@
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
 # make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
-# make test-readme 两份 README 里的每条命令，逐字运行或核对（约 5 分钟）
+# make test-readme 两份 README 里的每条命令，逐字运行或核对（约 10 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
