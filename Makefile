@@ -5,6 +5,7 @@
 # make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
 # make notebook 重新执行 train.ipynb，结果写回其中（5 到 10 分钟）
 # make test-notebook 在临时目录里离线执行一份 train.ipynb（5 到 10 分钟）
+# make test-readme 两份 README 里的每条命令，逐字运行或核对（约 10 分钟）
 # make bench-assistant 医疗助手的速度：批量、单题、十万行（约 20 分钟）
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
@@ -20,7 +21,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve notebook test-notebook screenshots bench-assistant bench-eval bench-export bench-serve bench-data lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -78,7 +79,7 @@ SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving \
-	  --ignore tests/notebook
+	  --ignore tests/notebook --ignore tests/readme
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
 test-faults: $(VENV)/.ready-dev
@@ -102,6 +103,10 @@ notebook: $(VENV)/.ready-dev
 # 一个进程：训练用得上两个核。
 test-notebook: $(VENV)/.ready-dev
 	$(PY) -m pytest tests/notebook
+
+# 一条接一条，像读者那样；占用 8000 端口。
+test-readme: $(VENV)/.ready-dev
+	$(PY) -m pytest tests/readme
 
 screenshots: $(VENV)/.ready-dev
 	SCREENSHOTS=$(ROOT)/docs/images $(PY) -m pytest tests/serving/test_chat_page.py

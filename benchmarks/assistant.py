@@ -11,7 +11,7 @@ Parts, each a ratio of two things measured in one run:
   called without our engine.
 - rows: 100,000 rows through `-b` with an engine that answers at once: rows per second and memory.
 
-Results go to benchmarks/results/assistant.json and, as a table, into the README.
+Results go to benchmarks/results/assistant.json and, as a table, into docs/assistant.md.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from qwenmed import chat, files  # noqa: E402
 from qwenmed.engine import Generation, Prompt, Sampling  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "assistant.json"
+PAGE = ROOT / "docs" / "assistant.md"
 BEGIN, END = "<!-- bench-assistant: make bench-assistant -->", "<!-- /bench-assistant -->"
 PARTS = ("batch", "single", "rows")
 GREEDY = Sampling(temperature=0)
@@ -52,7 +53,7 @@ def main() -> None:
         print(f"== {part}", file=sys.stderr, flush=True)
         results[part] = {**{"batch": batch, "single": single, "rows": rows}[part](args), **where()}
         files.write_json(RESULTS, results)
-    update_readme(results)
+    update_page(results)
     print(table(results))
 
 
@@ -276,11 +277,10 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def update_readme(results: dict) -> None:
-    """Put the table between its marks in the README."""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def update_page(results: dict) -> None:
+    """Put the table between its marks in docs/assistant.md."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class ChatServer:
         most_at_once: the largest number of requests that were open together.
     """
 
-    def __init__(self, *answers, models=("demo",)):
+    def __init__(self, *answers, models=("demo",), port=0):
         self.answers, self.models = list(answers), list(models)
         self.asked, self.keys, self.paths = [], [], []
         self.most_at_once, self._open, self._lock = 0, 0, threading.Lock()
@@ -50,7 +50,7 @@ class ChatServer:
             def log_message(self, *arguments):
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -306,10 +306,10 @@ def test_number_type_is_told_for_a_large_model_and_fp32_for_a_small_one(demo_mod
     assert engines.open_engine(fixed, for_batch=True).model.dtype == torch.float32
 
 
-def test_readme_shows_the_measured_figures():
+def test_assistant_page_shows_the_measured_figures():
     import json
 
     from benchmarks import assistant
 
     results = json.loads(assistant.RESULTS.read_text(encoding="utf-8"))
-    assert assistant.table(results) in (assistant.ROOT / "README.md").read_text(encoding="utf-8")
+    assert assistant.table(results) in assistant.PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The READMEs agree with each other and with the repository; tests/readme runs what they say."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from readme_commands import READMES, all_commands, commands_of, without_comment
+
+# Pages that another change brings; take them out of here when they are there.
+COMING = {"docs/data.md", "LICENSE"}
+
+
+def text_of(file):
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_every_command_can_be_verified():
+    assert not [(command.file, command.text) for command in all_commands() if command.way is None]
+
+
+def test_both_languages_tell_the_same_commands_in_the_same_order():
+    chinese, english = ([command.bare for command in commands_of(file)] for file in READMES)
+    assert chinese == english
+
+
+def test_both_languages_have_the_same_structure():
+    def shape(file):
+        prose = re.sub(r"^```.*?^```", "", text_of(file), flags=re.M | re.S)
+        kinds = [re.match(r"(#+ |\||- |>|!\[)", line) for line in prose.splitlines()]
+        return [found[1] for found in kinds if found]
+
+    assert shape("README.md") == shape("README_EN.md")
+
+
+def test_readme_can_be_read_in_one_go():
+    assert all(text_of(file).count("\n") <= 172 for file in READMES)
+
+
+@pytest.mark.parametrize("file", READMES)
+def test_first_screen_has_picture_disclaimer_and_the_two_commands(file):
+    first = text_of(file)[: text_of(file).index("make test")]
+    assert "docs/images/chat-desktop.png" in first and "make demo" in first
+    assert "立即拨打120" in first and "12356" in first and "\n> **" in first
+
+
+@pytest.mark.parametrize("file", READMES)
+def test_every_memory_figure_says_whether_it_was_measured(file):
+    table = re.search(r"^\|[^\n]*Qwen3-1\.7B \|\n\|[-|]+\n((?:\|.*\n)+)", text_of(file), re.M)[1]
+    cells = [cell for line in table.splitlines() for cell in line.strip("|").split("|")[1:]]
+    figures = [cell for cell in cells if re.search(r"\d", cell)]
+    assert figures
+    for cell in figures:
+        assert re.search("计算值|实测|computed|measured", cell), cell
+
+
+PAGES = [*READMES, "SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.S)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, heading = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        known = file.resolve().relative_to(ROOT).as_posix()
+        assert file.exists() or known in COMING, (page, target)
+        if heading and file.exists():
+            found = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in found}
+            assert heading in anchors, (page, target, anchors)
+
+
+def test_requirements_can_be_read_by_the_pip_of_a_chinese_windows():
+    # Python 3.11's own pip decodes the file in the system's code page (GBK) unless its first lines name an encoding.
+    first_two = (ROOT / "requirements.txt").read_bytes().split(b"\n")[:2]
+    assert any(re.match(rb"#.*coding[:=]\s*utf-8", line) for line in first_two)
+
+
+def test_comment_ends_a_command_only_outside_of_quotes():
+    assert without_comment("make demo    # all of it") == "make demo"
+    assert without_comment("""curl -d '{"a": "b # c"}'  # asked""") == """curl -d '{"a": "b # c"}'"""
+    assert without_comment("# nothing but words") == ""
