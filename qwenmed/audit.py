@@ -95,8 +95,7 @@ def lengths(values: list[int], settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """Write audit.json and audit.html."""
-    most = max((bar["count"] for each in report["lengths"].values() for bar in each["bars"]), default=1)
-    page = pages.render(PAGE, {"count": "{:,}".format, "percent": "{:.1%}".format}, report=report, most=most)
+    page = pages.render(PAGE, {"count": "{:,}".format, "percent": "{:.1%}".format, "shown": _shown}, report=report)
     text = json.dumps(report, ensure_ascii=False, indent=2, default=str) + "\n"
     files.write_whole({folder / AUDIT_JSON: text, folder / AUDIT_HTML: page})
 
@@ -125,6 +124,16 @@ def as_text(report: Mapping[str, Any]) -> str:
         over = each["over"] if report["unit"] == "token" else "未知"
         lines.append(_row(name, each["count"], each["median"], each["p95"], each["longest"], over))
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A setting as a person reads it."""
+    if isinstance(value, bool):
+        return "是" if value else "否"
+    if isinstance(value, dict):
+        value = [f"{name}={each}" for name, each in value.items()]
+    text = "、".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    return text or "–"
 
 
 def _done(check: findings.Check, settings: Mapping[str, Any]) -> str:

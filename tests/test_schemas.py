@@ -4,6 +4,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenmed import rows, schemas
 from qwenmed.records import Problem, Record
@@ -179,3 +181,63 @@ def test_long_json_list_is_read_in_pieces(tmp_path, monkeypatch):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(rows.UserError, match=where):
             list(rows.read_rows(path))
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=6)
+    | st.sampled_from([THOUGHT, "问？", "<think>没完"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+messages = st.lists(
+    st.fixed_dictionaries({}, optional={
+        "role": st.sampled_from(["system", "user", "assistant", "tool", 5]), "from": st.sampled_from(["human", "gpt", None]),
+        "content": values, "value": values, "reasoning_content": values, "weight": st.integers(0, 1), "tool_calls": values,
+    }) | values, max_size=5,
+)  # fmt: skip
+names = [
+    "question",
+    "think",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "scenario",
+    "Question",
+    "Complex_CoT",
+    "Response",
+    "prompt",
+    "completion",
+    "context",
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    row=st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: values for name in names},
+            "messages": messages,
+            "conversations": messages,
+            "conversation": messages,
+        },
+    ),
+    mapping=st.none() | st.just({"question": "prompt", "answer": "output", "think": "context"}),
+)
+def test_any_row_is_records_or_a_problem_and_what_is_accepted_is_read_back_the_same(row, mapping):
+    found = schemas.parse_row(row, "f:1", mapping)
+    if isinstance(found, Problem):
+        assert found.reason and "\n" not in str(found)
+        return
+    assert found
+    for record in found:
+        assert record.question.strip() and record.answer.strip()
+        again = schemas.parse_row(json.loads(json.dumps(record.row, default=str)), "f:1")
+        assert again == [record], (record, again)

@@ -150,7 +150,13 @@ class Reader:
     def after_data(self, bare: str, out: str) -> str:
         for name in ("train.jsonl", "val.jsonl", "train_format.jsonl", "val_format.jsonl"):
             assert time.time() - self.file(name).stat().st_mtime < LONGEST, f"{name} is old"
+        if "--audit" in bare:
+            assert time.time() - self.file("audit.html").stat().st_mtime < LONGEST
         return re.search("读到.*", out)[0]
+
+    def after_doctor(self, bare: str, out: str) -> str:
+        assert out.rstrip().endswith("✗ 0"), out[-2000:]
+        return out.rstrip().splitlines()[-1]
 
     def after_train(self, bare: str, out: str) -> str:
         run = json.loads(self.file("output/*/run.json").read_text(encoding="utf-8"))
