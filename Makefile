@@ -2,6 +2,7 @@
 # make test   全部测试
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
+# make test-data 数据与体检：一万行损坏的数据、近似重复、预先埋好的毛病（约 3 分钟）
 # make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
 # make notebook 重新执行 train.ipynb，结果写回其中（5 到 10 分钟）
 # make test-notebook 在临时目录里离线执行一份 train.ipynb（5 到 10 分钟）
@@ -21,7 +22,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -79,7 +80,7 @@ SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving \
-	  --ignore tests/notebook --ignore tests/readme
+	  --ignore tests/notebook --ignore tests/preparing --ignore tests/readme
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
 test-faults: $(VENV)/.ready-dev
@@ -90,6 +91,10 @@ test-faults: $(VENV)/.ready-dev
 test-exports: $(VENV)/.ready-gguf
 	$(PY) -m pytest tests/exports tests/test_engine_llama.py
 	$(PY) -m pytest tests/test_export.py -k k_quants
+
+# data.py 和 doctor.py：一万行损坏的数据、二十七种预先埋好的毛病。
+test-data: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/preparing
 
 # API 与网页（网页需要 Chromium）。
 test-serve: $(VENV)/.ready-dev

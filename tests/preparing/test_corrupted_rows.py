@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run_script
 from test_data import rows_of
-from test_preparation import some_rows
+from test_findings import some_rows
 
 
 def text(**changes):
