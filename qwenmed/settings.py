@@ -50,7 +50,7 @@ class TrainSettings:
     )
     system_prompts: str = setting(
         "mixed",
-        "系统提示词：general 通用，scenario 用记录自己的场景，mixed 两者都练",
+        "系统提示词：general 通用，scenario 用记录的场景（数据没有指出时由问题推测），mixed 两者都练",
         DATA,
         choices=("general", "scenario", "mixed"),
     )
