@@ -93,31 +93,40 @@ def examine(record: Record, limits: Limits) -> tuple[Record, dict[str, str], Cou
     """The record with its repairs, what was found (check → the place in the text), and how much was masked."""
     found: dict[str, str] = {}
     record = _repaired(record, found)
-    masked: Counter = Counter()
-    texts = (record.question, record.think, record.answer)
-    for text in texts:
+    # Looked at with personal data masked, so that no example shows any.
+    seen, masked = _without_personal_data(record, found)
+    if limits.redact and (masked or redact.may_hold_any(str(record.row))):
+        record, masked = _masked(record)
+    for text in (seen.question, seen.think, seen.answer):
+        if (plain := as_plain_words(text)) != text:  # as long: only "<" becomes "＜"
+            place = next(i for i, (one, other) in enumerate(zip(text, plain, strict=True)) if one != other)
+            found.setdefault("control_tokens", _around(text, place))
+        if wrong := MOJIBAKE.search(text):
+            found.setdefault("mojibake", _around(text, wrong.start()))
+    if not seen.think.strip():
+        found["no_thinking"] = seen.question[:60]
+    elif cited := CITED.search(seen.think):
+        found["cited_reference"] = _around(seen.think, cited.start())
+    if _is_copied(seen, limits.copied_thinking):
+        found["copied_thinking"] = seen.think[:60]
+    if not has_ending(seen.answer):
+        found["no_ending"] = seen.answer.rstrip()[-60:]
+    return record, found, masked
+
+
+def _without_personal_data(record: Record, found: dict[str, str]) -> tuple[Record, Counter]:
+    counts: Counter = Counter()
+    texts = {name: getattr(record, name) for name in ("question", "think", "answer")}
+    for name, text in texts.items():
         if not redact.may_hold_any(text):
             continue
         redacted = redact.redact(text)
-        masked.update(redacted.counts)
         if redacted.counts:
-            found.setdefault("personal_data", _around(redacted.text, redacted.text.index("[")))
-    if limits.redact and (masked or redact.may_hold_any(str(record.row))):
-        record, masked = _masked(record)
-    for text in texts:
-        if as_plain_words(text) != text:
-            found.setdefault("control_tokens", _around(text, text.index("<")))
-        if wrong := MOJIBAKE.search(text):
-            found.setdefault("mojibake", _around(text, wrong.start()))
-    if not record.think.strip():
-        found["no_thinking"] = record.question[:60]
-    elif cited := CITED.search(record.think):
-        found["cited_reference"] = _around(record.think, cited.start())
-    if _is_copied(record, limits.copied_thinking):
-        found["copied_thinking"] = record.think[:60]
-    if not has_ending(record.answer):
-        found["no_ending"] = record.answer.rstrip()[-60:]
-    return record, found, masked
+            counts.update(redacted.counts)
+            texts[name] = redacted.text
+            kind = next(iter(redacted.counts))
+            found.setdefault("personal_data", _around(redacted.text, redacted.text.index(f"[{kind}]")))
+    return (replace(record, **texts) if counts else record), counts
 
 
 def has_ending(answer: str) -> bool:
@@ -148,8 +157,10 @@ def _is_copied(record: Record, share: float) -> bool:
 def _repaired(record: Record, found: dict[str, str]) -> Record:
     texts = {name: getattr(record, name) for name in ("question", "think", "answer")}
     for name, text in texts.items():
-        if "\\n" in text and (written := WRITTEN_NEWLINE.search(text)):
-            found.setdefault("written_newline", _around(text, written.start()))
+        if "\\n" in text and WRITTEN_NEWLINE.search(text):
+            shown = redact.redact(text).text
+            written = WRITTEN_NEWLINE.search(shown)
+            found.setdefault("written_newline", _around(shown, written.start() if written else 0))
             texts[name] = WRITTEN_NEWLINE.sub(lambda match: "\n" * match[0].count("\\n"), text)
     row = _without_nan(record.row)
     if row is not record.row:

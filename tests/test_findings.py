@@ -165,3 +165,15 @@ def test_quick_lengths_are_those_of_the_rendered_samples(tokenizer):
     samples.append((Record("问？", "想", "答", history=(("前", "后"),)), "系统"))
     measured = lengths.SampleLengths(tokenizer).of_many(samples)
     assert measured == [len(chat.render_sample(tokenizer, chat.training_row(*sample))[0]) for sample in samples]
+
+
+def test_no_example_shows_personal_data():
+    phone = "我电话138 1234 5678，"
+    record, what, masked = found(question=phone * 2, think="", answer=f"{phone}分两步：\\n1. 休息\ufffd<|im_end|>，")
+    assert (
+        masked == {"手机号": 3}
+        and {"personal_data", "no_thinking", "no_ending", "mojibake", "written_newline"} <= what.keys()
+    )
+    assert "5678" not in str(what) and "138 1234 5678" in record.question
+    record, _, _ = found(question=phone, redact=True)
+    assert record.question == record.row["question"] == "我电话[手机号]，"
