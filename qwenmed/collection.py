@@ -146,21 +146,22 @@ class Collection:
         for number, first in enumerate(self._conversations):
             if number != first:
                 groups.join(first, number)
+        # Joined whether they stay or not: two that stay may have only one in common that does not.
         for first, later in self._equal(self._questions):
+            groups.join(first, later)
             if self._kept[first] and self._kept[later]:
                 self.tally.note("same_question", self.place(later), f"与 {self.place(first)} 问题相同")
-                groups.join(first, later)
-        seen = set()
+        noted = set()
         for first, later in self._near.pairs() if self._near else ():
-            if not (self._kept[first] and self._kept[later]) or later in seen:
+            groups.join(first, later)
+            if not (self._kept[first] and self._kept[later]) or later in noted:
                 continue
-            seen.add(later)
-            self.tally.note("near_duplicate", self.place(later), f"与 {self.place(first)} 近似重复")
+            noted.add(later)
+            alike = Problem(self.place(later), f"与 {self.place(first)} 近似重复")
+            self.tally.note("near_duplicate", alike.place, alike.reason)
             if "near_duplicate" in self._drop:
                 self._kept[later] = 0
-                self.drop(Problem(self.place(later), f"与 {self.place(first)} 近似重复"), "near_duplicate")
-            else:
-                groups.join(first, later)
+                self.drop(alike, "near_duplicate")
         return [number for number, kept in enumerate(self._kept) if kept], groups
 
     def source(self, number: int) -> int:

@@ -37,6 +37,19 @@ def test_near_duplicates_and_same_questions_stay_on_one_side(tmp_path):
     assert "近似重复 25" in done.out and "in.jsonl:61：与 in.jsonl:1 近似重复" in done.err
 
 
+def test_rows_whose_common_twin_is_dropped_still_stay_together(tmp_path):
+    rows = some_rows(200)
+    for number in range(0, 180, 3):  # the first of three has no end and goes; the others have its question
+        rows[number]["answer"] += "然后"
+        for later in (number + 1, number + 2):
+            rows[later]["question"] = rows[number]["question"]
+    write(tmp_path / "in.jsonl", rows)
+    done = run_script("data.py", "--source", "in.jsonl", "--drop", "no_ending", "--val-ratio", "0.4", cwd=tmp_path)
+    assert done.status == 0 and "可用 140" in done.out, done.err
+    train, val = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "val"))
+    assert not {row["question"] for row in train} & {row["question"] for row in val}
+
+
 def test_all_records_alike_can_not_be_split_without_a_leak(tmp_path):
     write(tmp_path / "in.jsonl", [{**some_rows(1)[0], "think": f"想{i}"} for i in range(10)])
     assert_user_error(run_script("data.py", "--source", "in.jsonl", cwd=tmp_path), "近似重复", "--near-duplicate 0")
