@@ -46,9 +46,11 @@ def main() -> int:
         sample = patient.sample and {"place": patient.sample.place, "parts": patient.sample.parts}
         print(json.dumps(checkup.as_json(findings, sample=sample), ensure_ascii=False, indent=2))
     else:
+        colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         if patient.sample:
-            print(show(patient.sample, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-        print(printable(checkup.as_text(findings, shutil.get_terminal_size((100, 24)).columns)))
+            print(show(patient.sample, colours))
+        table = printable(checkup.as_text(findings, shutil.get_terminal_size((100, 24)).columns))
+        print(paint(table) if colours else table)
     return cli.EXIT_OK if checkup.is_well(findings) else EXIT_ILL
 
 
@@ -90,6 +92,13 @@ def checks(patient: TrainingCheckup, args: argparse.Namespace) -> list[tuple[str
 def begun(name: str) -> None:
     """Say what is being looked at."""
     cli.note(f"检查：{name} …")
+
+
+def paint(table: str) -> str:
+    """The table with its marks in colours."""
+    colours = {checkup.GOOD: "\x1b[32m", checkup.MIND: "\x1b[33m", checkup.BAD: "\x1b[31m"}
+    lines = table.split("\n")
+    return "\n".join(f"{colours[line[0]]}{line[0]}{END}{line[1:]}" if line[:1] in colours else line for line in lines)
 
 
 def show(sample: Sample, colours: bool) -> str:

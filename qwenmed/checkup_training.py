@@ -7,7 +7,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class Sample:
     Attributes:
         place: where it was read.
         parts: (text, whether the loss covers it) in order.
-        tokens: the trained tokens one by one.
+        tokens: the texts of the trained tokens.
     """
 
     place: str
@@ -310,5 +310,17 @@ def _shown(tokenizer: "PreTrainedTokenizerBase", place: str, ids: list[int], lab
     parts = []
     for trained, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100):
         parts.append((tokenizer.decode([id_ for id_, _ in group]), trained))
-    tokens = [tokenizer.decode([label]) for label in islice((each for each in labels if each != -100), 400)]
-    return Sample(place, parts, tokens)
+    return Sample(place, parts, list(_pieces(tokenizer, [label for label in labels if label != -100])))
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> Iterator[str]:
+    """The text of each token; those that share a character's bytes are one piece."""
+    waiting: list[int] = []
+    for id_ in ids:
+        waiting.append(id_)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd") or len(waiting) >= 8:  # a character has at most four bytes
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)

@@ -82,11 +82,18 @@ def test_table_and_sample_are_for_people(patient):
 
 
 def test_sample_is_coloured_on_a_terminal():
-    from doctor import DIM, TRAINED, show
+    from doctor import DIM, TRAINED, paint, show
 
     sample = checkup_training.Sample("a:1", [("提示", False), ("答\x1b[31m", True)], ["答", "\x1b[31m"])
     text = show(sample, colours=True)
     assert f"{DIM}提示" in text and f"{TRAINED}答" in text and "\x1b[31m" not in text
+    assert paint("✗ 坏\n  → 修") == "\x1b[31m✗\x1b[0m 坏\n  → 修"
+
+
+def test_tokens_that_share_a_character_are_shown_as_one(tokenizer):
+    ids = tokenizer("嗳气😷。", add_special_tokens=False)["input_ids"]
+    pieces = list(checkup_training._pieces(tokenizer, ids))
+    assert "".join(pieces) == "嗳气😷。" and "\ufffd" not in "".join(pieces) and len(pieces) < len(ids)
 
 
 # The planted faults: the machine
