@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_argument_group("来源")
     source.add_argument(
         "--source", nargs="+", default=["modelscope"], metavar="WHERE",
-        help="modelscope、huggingface、demo，或本地文件/目录；可以有几个（默认 modelscope）",
+        help="modelscope、huggingface、demo，或本地文件/目录；可以有几个",
     )  # fmt: skip
     source.add_argument(
         "--weights", nargs="+", type=float, metavar="X", help="每个来源的训练样本取几遍，如 1 0.5（默认都是 1）"
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     cleaning = parser.add_argument_group("清洗与审计")
     cleaning.add_argument("--audit", action="store_true", help="写出 audit.html（含例子）和 audit.json")
-    cleaning.add_argument("--drop", nargs="+", default=[], choices=DROPPABLE, metavar="CHECK", help="丢弃有这些问题的记录：" + "、".join(DROPPABLE))  # fmt: skip
+    cleaning.add_argument("--drop", nargs="+", default=[], choices=DROPPABLE, metavar="CHECK", help="丢弃有这些问题的记录：" + " ".join(DROPPABLE))  # fmt: skip
     cleaning.add_argument("--redact", action="store_true", help="遮住记录里的手机号、固定电话、身份证号和邮箱")
     cleaning.add_argument(
         "--near-duplicate", type=float, default=0.8, metavar="X",

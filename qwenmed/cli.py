@@ -49,7 +49,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         bare = (None, argparse.SUPPRESS, False, True)
-        plain = any(action.default is value for value in bare) or not action.option_strings
+        plain = any(action.default is value for value in bare) or action.default == [] or not action.option_strings
+        if isinstance(action.default, list) and not plain:
+            return f"{text}（默认 {' '.join(map(str, action.default))}）"
         return text if plain or "%(default)" in text else f"{text}（默认 %(default)s）"
 
 
