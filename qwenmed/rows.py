@@ -102,7 +102,7 @@ def _readable(path: Path, rows: Rows) -> Rows:
     if any("NUL" in problem.reason for _, problem in held):
         raise UserError("这是二进制文件，不是文本", path, "支持 JSONL、JSON、CSV 和 Parquet，并按扩展名识别")
     remedy = "请另存为 UTF-8，例如 iconv -f GB18030 -t UTF-8 原文件 > 新文件"
-    raise UserError("文件不是 UTF-8 编码", path, remedy)
+    raise UserError("文件不是 UTF-8 编码", held[0][0], remedy)
 
 
 def _opened(path: Path) -> Any:
@@ -227,12 +227,12 @@ def _csv_rows(path: Path) -> Rows:
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"
-            texts = [text for text in row.values() if isinstance(text, str)]
+            texts = "".join(text for text in row.values() if isinstance(text, str))
             if None in row:
                 yield place, Problem(place, "列数比表头多")
-            elif any("\udc80" <= character <= "\udcff" for text in texts for character in text if character > "\ud7ff"):
+            elif not files.is_encodable(texts):
                 yield place, Problem(place, "不是 UTF-8 编码", unreadable=True)
-            elif any("\0" in text for text in texts):
+            elif "\0" in texts:
                 yield place, Problem(place, "含有 NUL 字节", unreadable=True)
             else:
                 yield place, row
