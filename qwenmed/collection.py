@@ -8,6 +8,7 @@ behind.
 import array
 import collections
 import contextlib
+import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -99,6 +100,7 @@ class Collection:
         self._lines: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
         self._offsets, self._sources = array.array("Q"), array.array("H")
         self._keys, self._questions, self._conversations = array.array("Q"), array.array("Q"), array.array("I")
+        self._scenarios, self._scenario_names = array.array("I"), {"": 0}
         self._written, self._last_place = 0, ""
         self._kept = bytearray()
         self._near = near_duplicates.Index(folder, near_duplicate) if near_duplicate else None
@@ -118,6 +120,7 @@ class Collection:
         self._offsets.append(self._written)
         self._written += len(line)
         self._sources.append(source)
+        self._scenarios.append(self._scenario_names.setdefault(examined.scenario, len(self._scenario_names)))
         self.lengths.append(examined.length)
         self._keys.frombytes(examined.key)
         self._questions.append(examined.question_key)
@@ -173,11 +176,11 @@ class Collection:
         return self._line(number)[0]
 
     def row(self, number: int) -> tuple[str, Record]:
-        """A record's line of JSON as it is written, and the record."""
+        """A record's line of JSON as it is written, and the record with its scenario, suggested where none is named."""
         place, line = self._line(number)
         parsed = schemas.parse_row(json.loads(line), place)
         assert isinstance(parsed, list), parsed  # it was parsed, and written by us
-        return line, parsed[0]
+        return line, dataclasses.replace(parsed[0], scenario=list(self._scenario_names)[self._scenarios[number]])
 
     def close(self) -> None:
         """Let the temporary files go."""

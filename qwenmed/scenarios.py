@@ -101,7 +101,10 @@ def system_prompts(record: Record, general: str, by_scenario: Mapping[str, str],
     """
     if record.system is not None:
         return [record.system]
-    own = None if mode == "general" else by_scenario.get(record.scenario or suggested(record.question, by_scenario))
+    if mode == "general":
+        return [general]
+    named = record.scenario if record.scenario is not None else suggested(record.question, by_scenario)
+    own = by_scenario.get(named)
     if own is None:
         return [general]
     return [own] if mode == "scenario" else [general, own]
