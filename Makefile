@@ -11,6 +11,7 @@
 # make bench-eval 困惑度：与逐行计算是否一致，时间与内存（约 5 分钟）
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
 # make bench-data   一百万条记录的数据准备：时间与内存（约 25 分钟）
+# make bench-train  训练的速度和内存，与原教程的做法比（约 20 分钟）
 # make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
 # make lint   代码检查：ruff 与 mypy
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
@@ -22,7 +23,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -127,6 +128,10 @@ bench-eval: $(VENV)/.ready-dev
 # 在 make demo 之后：用它训练的模型。
 bench-serve: $(VENV)/.ready-dev
 	$(PY) benchmarks/serving.py
+
+# 需要 Qwen3 的分词器（测试会建好）；有 GPU 时在 GPU 上测。
+bench-train: $(VENV)/.ready-dev
+	$(PY) benchmarks/training.py
 
 # 需要 ../shared/data 里的真实样本，和 15 GB 磁盘。
 bench-data: $(VENV)/.ready-dev

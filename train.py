@@ -25,11 +25,11 @@ def main() -> None:
 
     precision = hardware.full_precision(device, checkpoints.count_parameters(model_folder))
     cli.note(f"设备 {device.type}：{precision.reason}")
+    config = training.sft_config(settings, folder, device, precision.autocast)
     model = checkpoints.load_base(model_folder, precision.weights)
 
     run = Run(settings, folder, "full", model_folder)
     card = run.begin(rows, tokenizer, precision, device)
-    config = training.sft_config(settings, folder, device, precision.autocast)
     trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks())
     run.train(trainer)
     run.finish(trainer, tokenizer, rows, GENERAL_PROMPT)

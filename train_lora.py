@@ -27,11 +27,11 @@ def main() -> None:
 
     precision = hardware.lora_precision(device)
     cli.note(f"设备 {device.type}：{precision.reason}")
+    config = training.sft_config(settings, folder, device, precision.autocast)
     model = checkpoints.load_base(model_folder, precision.weights)
 
     run = Run(settings, folder, "lora", model_folder)
     card = run.begin(rows, tokenizer, precision, device)
-    config = training.sft_config(settings, folder, device, precision.autocast)
     adapter = training.lora_config(settings)
     trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks(), adapter)
     run.train(trainer)

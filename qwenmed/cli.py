@@ -115,7 +115,11 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, leave_out: Col
         text = text.replace("%", "%%")
         names = [meta["short"], "--" + field.name.replace("_", "-")]
         names = [name for name in names if name]
-        if plain_type is bool:
+        if plain_type is dict:
+            group.add_argument(
+                *names, nargs="+", action=_Pairs, default=argparse.SUPPRESS, metavar="NAME=VALUE", help=text
+            )
+        elif plain_type is bool:
             action = argparse.BooleanOptionalAction if field.default else "store_true"
             group.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
         else:
@@ -127,6 +131,31 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, leave_out: Col
                 metavar=None if meta["choices"] else meta["metavar"] or _METAVARS.get(plain_type, "TEXT"),
                 help=text,
             )
+
+
+class _Pairs(argparse.Action):
+    """NAME=VALUE words as a dictionary; the values are read as YAML reads them: 5 is a number, true is true."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: typing.Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the pairs to those of earlier occurrences of the option."""
+        import yaml
+
+        found = dict(getattr(namespace, self.dest, {}))
+        for word in values:
+            name, sign, value = word.partition("=")
+            if not name or not sign:
+                parser.error(f"{option_string} 的形式是 NAME=VALUE，而不是 {word!r}")
+            try:
+                found[name.replace("-", "_")] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                parser.error(f"{option_string} {name} 的值读不懂：{value!r}")
+        setattr(namespace, self.dest, found)
 
 
 def given(args: argparse.Namespace, settings: type) -> dict[str, typing.Any]:

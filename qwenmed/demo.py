@@ -13,8 +13,8 @@ from typing import Any
 
 from qwenmed import files
 from qwenmed.records import Record
-from qwenmed.settings import RECOMMENDATION_FILE
 from qwenmed.sources import read_clean_records
+from qwenmed.yaml_settings import RECOMMENDATION_FILE
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 DEMO_MODEL = "demo"

@@ -94,7 +94,12 @@ class Run:
         from qwenmed.callbacks import GuardedSwanLab, StopOnSignal
 
         self.stop = StopOnSignal()
-        return [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
+        found = [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
+        if self.settings.early_stopping:
+            from transformers import EarlyStoppingCallback
+
+            found.append(EarlyStoppingCallback(self.settings.early_stopping))
+        return found
 
     def train(self, trainer: "SFTTrainer") -> None:
         """Train, from the newest whole checkpoint where `--resume` is set; Ctrl-C and SIGTERM save first.

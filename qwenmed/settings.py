@@ -1,24 +1,14 @@
-"""The settings behind the training command lines and their YAML files, each standing once.
+"""The settings behind the command lines, each standing once; `yaml_settings` reads those of a training from files."""
 
-Order of precedence: command line > YAML (`--config`) > what the model's folder recommends > default.
-"""
-
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeVar
 
-from qwenmed import files
-from qwenmed.cli import field_type, setting
+from qwenmed.cli import setting
 from qwenmed.errors import UserError
 
 DATA, RUN, OPTIMISATION, EVALUATION, TRACKING, LORA = "数据", "运行", "优化", "评估与保存", "记录", "LoRA"
-
-# What a folder may recommend for training the model in it, per method.
-RECOMMENDATION_FILE = "recommended_training.yaml"
+MORE_FIELDS = "其他"
 
 
 def listed(text: str | None) -> list[str]:
@@ -71,6 +61,9 @@ class TrainSettings:
     )
     weight_decay: float = setting(0.0, "权重衰减", OPTIMISATION)
     max_grad_norm: float = setting(1.0, "梯度裁剪阈值", OPTIMISATION)
+    neftune_alpha: float | None = setting(
+        None, "NEFTune：训练时给词嵌入加噪声的幅度，如 5（arXiv:2310.05914）", OPTIMISATION
+    )
     packing: bool = setting(False, "把多条样本无交叉地拼进一行（更快）", OPTIMISATION)
     gradient_checkpointing: str = setting(
         "auto",
@@ -83,6 +76,9 @@ class TrainSettings:
     best_by: str = setting(
         "eval_loss", "哪个检查点算最佳：验证损失最低的，或最后一个", EVALUATION, choices=("eval_loss", "last")
     )
+    early_stopping: int | None = setting(
+        None, "验证损失连续这么多次评估没有变好就停止（--best-by eval_loss 时）", EVALUATION
+    )
     save_total_limit: int = setting(2, "最多保留几个检查点（最佳的一个总会保留）", EVALUATION)
     sample_tokens: int = setting(512, "训练结束后，三条验证问题各生成多少 token；0 表示不生成", EVALUATION)
 
@@ -93,6 +89,12 @@ class TrainSettings:
         choices=("offline", "online", "local", "disabled"),
     )
     logging_steps: int = setting(5, "每多少步记录一次损失", TRACKING)
+
+    sft: dict | None = setting(
+        None,
+        "原样交给 TRL 的 SFTConfig（也就是 TrainingArguments）的其他字段，如 optim=adafactor torch_compile=true",
+        MORE_FIELDS,
+    )
 
     def __post_init__(self) -> None:
         """Check ranges; a wrong value is named with its option.
@@ -107,6 +109,10 @@ class TrainSettings:
             self._require(name, 0 < getattr(self, name) < float("inf"), "必须大于 0")
         for name in ("weight_decay", "warmup_steps", "sample_tokens"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "不能为负")
+        self._require("neftune_alpha", self.neftune_alpha is None or self.neftune_alpha > 0, "必须大于 0")
+        patience = self.early_stopping
+        self._require("early_stopping", patience is None or patience >= 1, "至少为 1")
+        self._require("early_stopping", patience is None or self.best_by == "eval_loss", "需要 --best-by eval_loss")
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "为 -1 或至少为 1")
         self._require("seed", 0 <= self.seed < 2**32, "应在 0 与 2³²-1 之间")
         for field in dataclasses.fields(self):
@@ -135,6 +141,8 @@ class LoraSettings(TrainSettings):
     lora_alpha: int = setting(32, "缩放系数 alpha（等效缩放 alpha / r）", LORA)
     lora_dropout: float = setting(0.05, "LoRA 的 dropout", LORA)
     target_modules: str = setting("all-linear", "加 LoRA 的层：all-linear，或用逗号分隔的层名", LORA)
+    rslora: bool = setting(False, "rsLoRA：缩放用 alpha / √r，秩大时更稳（arXiv:2312.03732）", LORA)
+    dora: bool = setting(False, "DoRA：方向与大小分开学，较慢（arXiv:2402.09353）", LORA)
 
     def __post_init__(self) -> None:
         """Check ranges, those of LoRA as well; see TrainSettings."""
@@ -307,81 +315,6 @@ class ServeSettings:
     def is_loopback(self) -> bool:
         """Whether only this machine can reach it."""
         return self.host in ("127.0.0.1", "localhost", "::1")
-
-
-Settings = TypeVar("Settings", bound=TrainSettings)
-
-
-def load_settings(
-    kind: type[Settings], given: Mapping[str, Any], config: Path | None, model_folder: Path | None
-) -> Settings:
-    """Merge the sources of settings by precedence.
-
-    Args:
-        kind: TrainSettings or LoraSettings.
-        given: the options that stand on the command line.
-        config: a YAML file, or None.
-        model_folder: where a recommendation file may lie, or None.
-
-    Raises:
-        UserError: a YAML file is broken, names an unknown setting or gives a wrong type.
-    """
-    return kind(**{**recommended(kind, model_folder), **read_yaml(kind, config), **given})
-
-
-def recommended(kind: type[TrainSettings], model_folder: Path | None) -> dict[str, Any]:
-    """What the model's own folder recommends for this method; empty where it says nothing."""
-    if model_folder is None or not (model_folder / RECOMMENDATION_FILE).is_file():
-        return {}
-    return read_yaml(kind, model_folder / RECOMMENDATION_FILE, section="lora" if kind is LoraSettings else "full")
-
-
-def read_yaml(kind: type[TrainSettings], path: Path | None, section: str | None = None) -> dict[str, Any]:
-    """The settings of a YAML file, checked by name and type.
-
-    Raises:
-        UserError: no such file, broken YAML, an unknown name or a wrong type.
-    """
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        document = yaml.safe_load(files.read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError("YAML 格式错误", where, "请检查缩进和冒号") from None
-    except (ValueError, RecursionError):  # impossible dates; nesting without end
-        raise UserError("YAML 里有无法读取的值", path, "请检查日期和嵌套") from None
-    if section is not None and isinstance(document, dict):
-        document = document.get(section, {})
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise UserError("YAML 的最外层应为“名称: 值”", path, "例如 learning_rate: 1.0e-5")
-    known = {field.name for field in dataclasses.fields(kind)}
-    values = {}
-    for name, value in document.items():
-        key = str(name).replace("-", "_")
-        if key not in known:
-            raise UserError(f"不认识的设置 {name}", path, "用 --help 查看全部设置")
-        values[key] = _typed(kind, key, value, path)
-    return values
-
-
-def _typed(kind: type[TrainSettings], name: str, value: Any, path: Path) -> Any:
-    plain_type, optional = field_type(kind, name)
-    if value is None and optional:
-        return None
-    if plain_type is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-5 (no point) as text; that is no reason to turn a user away.
-        with contextlib.suppress(ValueError, OverflowError):
-            return float(value)
-    if type(value) is plain_type:
-        return value
-    expected = {int: "整数", float: "数", bool: "true 或 false", str: "文本"}[plain_type]
-    raise UserError(f"设置 {name} 的类型不对：应为{expected}，实际是 {value!r}", path, "请改正后重试")
 
 
 def fingerprint(value: object) -> str:

@@ -4,6 +4,8 @@ TRL's SFTTrainer does the training. What is decided here: rows never lose their 
 thinking, answer and `<|im_end|>` only, no pure fp16 weights, and a checkpoint counts only when it is whole.
 """
 
+import dataclasses
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, lengths, records, scenarios, sources, tracking
 from qwenmed.errors import UserError
-from qwenmed.settings import LoraSettings, Settings, TrainSettings, listed, load_settings, recommended
+from qwenmed.settings import LoraSettings, TrainSettings, listed
+from qwenmed.yaml_settings import Settings, load_settings, recommended
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+
+# Fields of SFTConfig that our own options set.
+OUR_FIELDS = {
+    "output_dir": "--output-dir",
+    "per_device_train_batch_size": "--batch-size",
+    "per_device_eval_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--gradient-accumulation-steps",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--max-steps",
+    "learning_rate": "--learning-rate",
+    "lr_scheduler_type": "--lr-scheduler",
+    "warmup_steps": "--warmup-steps",
+    "weight_decay": "--weight-decay",
+    "max_grad_norm": "--max-grad-norm",
+    "max_length": "--max-length",
+    "packing": "--packing",
+    "eval_steps": "--eval-steps",
+    "save_steps": "--eval-steps",
+    "save_total_limit": "--save-total-limit",
+    "load_best_model_at_end": "--best-by",
+    "logging_steps": "--logging-steps",
+    "activation_checkpointing": "--gradient-checkpointing",
+    "neftune_noise_alpha": "--neftune-alpha",
+    "seed": "--seed",
+    "data_seed": "--seed",
+    "report_to": "--swanlab",
+}
 
 # A data set in which every row has a system prompt of its own does not fill run.json with them.
 MOST_PROMPTS = 100
@@ -187,14 +217,26 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
 
     Args:
         autocast: "bf16", "fp16" or None.
+
+    Raises:
+        UserError: a field that was handed through is unknown, has an option of its own, or an impossible value.
     """
     from trl import SFTConfig
+
+    handed = settings.sft or {}
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for name in handed:
+        if name in OUR_FIELDS:
+            raise UserError(f"--sft {name} 与 {OUR_FIELDS[name]} 说的是同一件事", None, f"请用 {OUR_FIELDS[name]}")
+        if name not in known:
+            near = "、".join(difflib.get_close_matches(name, known)) or "见 TRL 的 SFTConfig"
+            raise UserError(f"SFTConfig 没有字段 {name}", None, f"相近的有：{near}")
 
     # A share of the steps stays a float: transformers turns it into steps once it knows how many there are.
     every = settings.eval_steps if settings.eval_steps < 1 else int(settings.eval_steps)
     checkpointing = settings.gradient_checkpointing
     by_loss = settings.best_by == "eval_loss"
-    return SFTConfig(
+    fields: dict[str, Any] = dict(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -228,7 +270,15 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
         seed=settings.seed,
         data_seed=settings.seed,
         report_to="none",
+        neftune_noise_alpha=settings.neftune_alpha,
     )
+    try:
+        return SFTConfig(**fields | handed)
+    except (ValueError, TypeError) as error:
+        if not handed:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--sft 的值不合适：{reason}", None, "请改正后重试") from error
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":
@@ -241,6 +291,8 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if names == ["all-linear"] else names,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
 

@@ -14,7 +14,18 @@ SCRIPTS = [
 # Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
 FLOORS = [
     ["errors", "controls", "redact", "cli", "files", "quantities", "signs", "triage"],
-    ["records", "json_list", "rows", "schemas", "sources", "settings", "scenarios", "splitting", "pages"],
+    [
+        "records",
+        "json_list",
+        "rows",
+        "schemas",
+        "sources",
+        "settings",
+        "yaml_settings",
+        "scenarios",
+        "splitting",
+        "pages",
+    ],
     [
         "hub_clients",
         "hub",

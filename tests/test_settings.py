@@ -9,15 +9,8 @@ import pytest
 from qwenmed import cli
 from qwenmed.cli import add_settings, build_parser
 from qwenmed.errors import UserError
-from qwenmed.settings import (
-    RECOMMENDATION_FILE,
-    LoraSettings,
-    TrainSettings,
-    fingerprint,
-    load_settings,
-    read_yaml,
-    recommended,
-)
+from qwenmed.settings import LoraSettings, TrainSettings, fingerprint
+from qwenmed.yaml_settings import RECOMMENDATION_FILE, load_settings, read_yaml, recommended
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -243,6 +236,27 @@ def test_wrong_option_is_one_line_on_stderr_and_status_2(capsys, arguments):
     assert left.value.code == cli.EXIT_USER_ERROR == 2
     assert out == "" and err.count("\n") == 1 and err.startswith("错误：")
     assert "--help" in err and arguments[0] in err
+
+
+def test_fields_that_are_handed_through_are_read_as_yaml_reads_them(tmp_path):
+    given = vars(parse("--sft", "optim=adafactor", "torch-compile=true", "--sft", "adam_beta2=0.95", "run_name=a=b"))
+    assert given == {"sft": {"optim": "adafactor", "torch_compile": True, "adam_beta2": 0.95, "run_name": "a=b"}}
+    config = write(tmp_path, "sft:\n  optim: adafactor\n  dataloader_num_workers: 2\n")
+    assert load(config).sft == {"optim": "adafactor", "dataloader_num_workers": 2}
+    with pytest.raises(UserError, match="名称: 值"):
+        load(write(tmp_path, "sft: adafactor\n"))
+
+
+@pytest.mark.parametrize("word", ["optim", "=x", "a=[1"])
+def test_word_that_is_no_pair_is_named(capsys, word):
+    with pytest.raises(SystemExit):
+        parse("--sft", word)
+    assert "--sft" in capsys.readouterr().err
+
+
+def test_early_stopping_needs_the_validation_loss():
+    with pytest.raises(UserError, match="--early-stopping.*eval_loss"):
+        TrainSettings(early_stopping=2, best_by="last")
 
 
 def test_fingerprint_depends_on_content_and_not_on_order():

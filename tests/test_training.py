@@ -66,6 +66,40 @@ def test_lora_trains_the_seven_projections_and_nothing_else(trainer_of):
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_fields_of_the_trainer_are_handed_through(trainer_of):
+    trainer = trainer_of(sft={"optim": "adafactor", "adam_beta2": 0.9}, neftune_alpha=5)
+    assert trainer.args.optim == "adafactor" and trainer.args.adam_beta2 == 0.9
+    assert trainer.args.neftune_noise_alpha == 5
+    lora = trainer_of(LoraSettings, rslora=True, dora=True).model.peft_config["default"]
+    assert lora.use_rslora and lora.use_dora
+
+
+@pytest.mark.parametrize(
+    ("sft", "words"),
+    [
+        ({"optimiser": "adafactor"}, "optim"),
+        ({"learning_rate": 1e-3}, "--learning-rate"),
+        ({"optim": "no such thing"}, "no such thing"),
+    ],
+)
+def test_field_that_can_not_be_handed_through_is_said_before_the_model_is_loaded(tmp_path, sft, words):
+    import torch
+
+    with pytest.raises(UserError, match=words):
+        training.sft_config(TrainSettings(sft=sft), tmp_path, torch.device("cpu"), None)
+
+
+def test_training_stops_when_the_validation_loss_does_not_fall_any_more(demo_model, small_data):
+    done = run_script(
+        "train.py", "--model", demo_model, "--learning-rate", "1e-12", "--max-steps", "40", "--eval-steps", "2",
+        "--early-stopping", "1", "--best-by", "eval_loss", "--batch-size", "1", "--gradient-accumulation-steps", "1", "--sample-tokens", "0",
+        "--swanlab", "disabled", "--output-dir", "run", cwd=small_data,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    run = json.loads((small_data / "run" / "run.json").read_text(encoding="utf-8"))
+    assert run["steps"] < 40 and run["status"] == "finished" and run["settings"]["early_stopping"] == 1
+
+
 def test_packed_samples_do_not_see_each_other(trainer_of, demo_model):
     import torch
 

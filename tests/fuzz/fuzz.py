@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["qwenmed", "yaml", "transformers.utils.
     import yaml  # noqa: F401  instrumented here, used by settings
     from transformers.utils.chat_parsing import response_parser
 
-    from qwenmed import batch, chat, controls, records, redact, sources
+    from qwenmed import batch, chat, controls, records, redact, sources, yaml_settings
     from qwenmed import settings as settings_module
     from qwenmed.errors import UserError
 
@@ -112,7 +112,7 @@ def settings(data):
     path = FOLDER / "a.yaml"
     path.write_bytes(data)
     try:
-        settings_module.load_settings(settings_module.LoraSettings, {}, path, None)
+        yaml_settings.load_settings(settings_module.LoraSettings, {}, path, None)
     except UserError as error:
         assert "\n" not in str(error)
 
