@@ -1,6 +1,6 @@
 """data.py on a million records: `make bench-data` (about 25 minutes on 2 cores, 15 GB of disk).
 
-    python benchmarks/preparation.py [RECORDS=1000000] [TOKENIZER=.cache/qwen3-tokenizer]
+    python benchmarks/preparation.py [RECORDS=1000000] [TOKENIZER=.cache/qwen3-tokenizer]    # 0: one core only
 
 - one process over the real sample, many times over: records per second through reading, cleaning, the audit and the
   tokenizer (the floor that the tokenizer alone sets stands beside it);
@@ -14,6 +14,7 @@ benchmarks/results/preparation.json and docs/data.md.
 
 import contextlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -37,7 +38,7 @@ SAMPLE = ROOT.parent / "shared" / "data" / "medical_r1_sample.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "preparation.json"
 DOCUMENT = ROOT / "docs" / "data.md"
 BEGIN, END = "<!-- bench-data: make bench-data -->", "<!-- /bench-data -->"
-REPEATS = 20
+REPEATS = 100
 SHARE = 0.43
 
 
@@ -46,9 +47,13 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     tokenizer = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / ".cache" / "qwen3-tokenizer"
     real = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core is one thread
     results = {"one_core": one_core(real, tokenizer.resolve())}
-    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name:
-        results["many"] = many(real, count, tokenizer.resolve(), Path(name))
+    if count:
+        with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name:
+            results["many"] = many(real, count, tokenizer.resolve(), Path(name))
+    else:
+        results["many"] = json.loads(RESULTS.read_text(encoding="utf-8"))["many"]
     results |= where()
     files.write_json(RESULTS, results)
     if DOCUMENT.exists():

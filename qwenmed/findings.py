@@ -76,6 +76,9 @@ CITED = re.compile(
 # A line break written as two characters; "\nu" and "\nabla" are LaTeX, "C:\new" is a path.
 WRITTEN_NEWLINE = re.compile(r"(?<!\\)(?:(?:\\r)?\\n)+(?![a-z])")
 MOJIBAKE = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯|[\x80-\x9f]|Ã[\x80-\xbf]|â€|ï»¿|鈥|銆[\ue000-\uf8ff]")
+# What these two begin with or hold; most texts are passed by one quick look.
+_PERHAPS_MOJIBAKE = re.compile("[\ufffd锟烫屯\x80-\x9fÃâï鈥銆]")
+_PERHAPS_CITED = ("答案", "的回答", "参考回答")
 _ENDINGS = frozenset("。！？.!?…；;~～)）】』」》”\"'’]}*`|>")
 _CUT = frozenset("，、：,:（(【《“-—")
 _LISTED = re.compile(r"\s*(?:[-*•·|#]|\d+[.、)）]|[一二三四五六七八九十]+、|（[一二三四五六七八九十\d]+）)")
@@ -101,11 +104,11 @@ def examine(record: Record, limits: Limits) -> tuple[Record, dict[str, str], Cou
         if (plain := as_plain_words(text)) != text:  # as long: only "<" becomes "＜"
             place = next(i for i, (one, other) in enumerate(zip(text, plain, strict=True)) if one != other)
             found.setdefault("control_tokens", _around(text, place))
-        if wrong := MOJIBAKE.search(text):
+        if _PERHAPS_MOJIBAKE.search(text) and (wrong := MOJIBAKE.search(text)):
             found.setdefault("mojibake", _around(text, wrong.start()))
     if not seen.think.strip():
         found["no_thinking"] = seen.question[:60]
-    elif cited := CITED.search(seen.think):
+    elif any(word in seen.think for word in _PERHAPS_CITED) and (cited := CITED.search(seen.think)):
         found["cited_reference"] = _around(seen.think, cited.start())
     if _is_copied(seen, limits.copied_thinking):
         found["copied_thinking"] = seen.think[:60]

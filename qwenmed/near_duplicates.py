@@ -29,6 +29,10 @@ _NO_TEXT = re.compile(r"[\W_]+")
 
 def plain(text: str) -> str:
     """A text's letters and digits alone, full-width forms as usual ones."""
+    text = _NO_TEXT.sub("", text.lower())
+    # Without its punctuation most Chinese text is in that form already, which is quick to see.
+    if unicodedata.is_normalized("NFKC", text):
+        return text
     return _NO_TEXT.sub("", unicodedata.normalize("NFKC", text).lower())
 
 
@@ -38,17 +42,16 @@ class Signer:
     def __init__(self) -> None:
         from datasketch import MinHash
 
-        self._kind = MinHash
-        self._permutations = MinHash(PERMUTATIONS, seed=1, scheme="affine32").permutations
+        self._minhash = MinHash(PERMUTATIONS, seed=1, scheme="affine32", hashfunc=int)
 
     def sign(self, text: str) -> bytes | None:
         """The signature of a plain text: PERMUTATIONS numbers of 32 bits; None where it is too short to have one."""
         pieces = _hashes(text)
         if not len(pieces):
             return None
-        minhash = self._kind(PERMUTATIONS, hashfunc=int, permutations=self._permutations, scheme="affine32")
-        minhash.update_batch(pieces.tolist())
-        return minhash.hashvalues.astype("<u4").tobytes()
+        self._minhash.clear()
+        self._minhash.update_batch(pieces.tolist())
+        return self._minhash.hashvalues.astype("<u4").tobytes()
 
 
 def _hashes(text: str) -> "numpy.ndarray":
