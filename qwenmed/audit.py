@@ -5,7 +5,6 @@ stand in the page, escaped: mind who may read it.
 """
 
 import json
-import statistics
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ def summary(
             for check in findings.CHECKS
         ],
         "unit": unit,
-        "lengths": {name: lengths([collection.lengths[i] for i in part], settings) for name, part in parts.items()},
+        "lengths": {name: lengths(collection.lengths, part, settings) for name, part in parts.items()},
         "scenarios": [
             {"id": name, "title": titles.get(name, name or "看不出"), "count": count}
             for name, count in tally.scenarios.most_common()
@@ -74,22 +73,28 @@ def summary(
     }
 
 
-def lengths(values: list[int], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Median, 95th percentile, longest, how many are too long, and a histogram of BARS equal steps."""
-    values.sort()
-    if not values:
-        return {"count": 0, "median": 0, "p95": 0, "longest": 0, "over": 0, "bars": []}
-    step = max(1, -(-values[-1] // BARS))
-    bars = [0] * (values[-1] // step + 1)
-    for value in values:
-        bars[value // step] += 1
+def lengths(every: Sequence[int], part: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Median, 95th percentile, longest, how many are too long, and a histogram of BARS equal steps.
+
+    Args:
+        every: the lengths of all records.
+        part: the numbers of those that count; not empty.
+    """
+    import numpy  # which holds five million numbers in a fraction of what a list takes
+
+    values = numpy.sort(numpy.asarray(every)[numpy.asarray(part)])
+    longest = int(values[-1])
+    step = max(1, -(-longest // BARS))
     return {
         "count": len(values),
-        "median": round(statistics.median(values)),
-        "p95": values[min(len(values) - 1, int(0.95 * len(values)))],
-        "longest": values[-1],
-        "over": sum(value > settings["max_length"] for value in values),
-        "bars": [{"from": i * step, "to": (i + 1) * step - 1, "count": count} for i, count in enumerate(bars)],
+        "median": round(float(numpy.median(values))),
+        "p95": int(values[min(len(values) - 1, int(0.95 * len(values)))]),
+        "longest": longest,
+        "over": int((values > settings["max_length"]).sum()),
+        "bars": [
+            {"from": i * step, "to": (i + 1) * step - 1, "count": int(count)}
+            for i, count in enumerate(numpy.bincount(values // step))
+        ],
     }
 
 

@@ -142,7 +142,7 @@ class Collection:
         self.tally.dropped[kind] += 1
         self.dropped.write(files.to_jsonl([{"place": problem.place, "reason": problem.reason}]).encode())
 
-    def settle(self) -> tuple[list[int], Groups]:
+    def settle(self) -> tuple[array.array, Groups]:
         """Drop duplicates, then find what belongs together; the numbers of the rows that stay, and their groups."""
         self._drop_duplicates()
         groups = Groups(len(self))
@@ -165,7 +165,7 @@ class Collection:
             if "near_duplicate" in self._drop:
                 self._kept[later] = 0
                 self.drop(alike, "near_duplicate")
-        return [number for number, kept in enumerate(self._kept) if kept], groups
+        return array.array("I", (number for number, kept in enumerate(self._kept) if kept)), groups
 
     def source(self, number: int) -> int:
         """The number of the source that a record came from."""
