@@ -168,7 +168,7 @@ def _chunks(sources: Sequence[Source], plan: Plan, tally: Tally) -> Iterator[tup
             stream = rows.read_rows(path)
             while chunk := list(itertools.islice(stream, CHUNK)):
                 tally.read[str(path)] += len(chunk)
-                if str(path) not in tally.schemas:
+                if not tally.schemas.get(str(path)):
                     tally.schemas[str(path)] = next(
                         filter(None, (schemas.recognise(row, plan.mapping) for _, row in chunk)), ""
                     )

@@ -182,8 +182,9 @@ def load_rows(
                 path,
                 "请增大 --max-length 或用 --overlong shorten",
             )
-        dropped = set(report.dropped)
-        fitted[part], kept[part] = rows, [record for record in found if record.place not in dropped]
+        # A record has a sample for each of its prompts; with one that fits it is trained on.
+        left = Counter(record.place for record, _ in samples) - Counter(report.dropped)
+        fitted[part], kept[part] = rows, [record for record in found if left[record.place]]
         summary[part] = {
             "file": str(path),
             "sha256": files.sha256(path),

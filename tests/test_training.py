@@ -100,6 +100,25 @@ def test_training_stops_when_the_validation_loss_does_not_fall_any_more(demo_mod
     assert run["steps"] < 40 and run["status"] == "finished" and run["settings"]["early_stopping"] == 1
 
 
+def test_record_of_which_one_sample_fits_counts_as_trained_on(tokenizer, tmp_path):
+    from qwenmed import files, leaks, lengths
+
+    record = Record("问题？", "想一想。", "回答。", scenario="s")
+    prompts = ("短", "长" * 60)
+    fits, too_long = (lengths.SampleLengths(tokenizer).of(record, prompt) for prompt in prompts)
+    for name in ("train", "val"):
+        row = {"question": record.question, "think": record.think, "answer": record.answer, "scenario": "s"}
+        (tmp_path / f"{name}.jsonl").write_text(files.to_jsonl([row]), encoding="utf-8")
+    settings = TrainSettings(
+        train_file=str(tmp_path / "train.jsonl"),
+        val_file=str(tmp_path / "val.jsonl"),
+        max_length=(fits + too_long) // 2,
+    )
+    rows = training.load_rows(settings, tokenizer, prompts[0], {"s": prompts[1]})
+    assert len(rows.train) == 1 and len(rows.val_records) == 1
+    assert leaks.text_fingerprint(record.question) in rows.summary["train"]["texts"]
+
+
 def test_packed_samples_do_not_see_each_other(trainer_of, demo_model):
     import torch
 
