@@ -6,13 +6,13 @@ model was pretrained on is not.
 """
 
 import hashlib
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwenmed import files, tracking
+from qwenmed.near_duplicates import plain
 from qwenmed.records import Record
 
 # Shorter answers ("是的。") stand in many records.
@@ -36,8 +36,7 @@ class TrainedOn:
 
 def text_fingerprint(text: str) -> str:
     """16 hex digits for a text, of its letters and digits alone."""
-    plain = "".join(each for each in unicodedata.normalize("NFKC", text).lower() if each.isalnum())
-    return hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(plain(text).encode(), digest_size=8).hexdigest()
 
 
 def record_fingerprints(record: Record) -> set[str]:

@@ -29,10 +29,6 @@ _NO_TEXT = re.compile(r"[\W_]+")
 
 def plain(text: str) -> str:
     """A text's letters and digits alone, full-width forms as usual ones."""
-    text = _NO_TEXT.sub("", text.lower())
-    # Without its punctuation most Chinese text is in that form already, which is quick to see.
-    if unicodedata.is_normalized("NFKC", text):
-        return text
     return _NO_TEXT.sub("", unicodedata.normalize("NFKC", text).lower())
 
 
