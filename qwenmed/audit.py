@@ -5,13 +5,13 @@ stand in the page, escaped: mind who may read it.
 """
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenmed import files, findings, pages
 from qwenmed.collection import DECONTAMINATED, DUPLICATE, INVALID, Collection
+from qwenmed.controls import display_width
 
 PAGE = Path(__file__).parent / "audit_page" / "audit.html.jinja"
 AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
@@ -150,9 +150,5 @@ def _done(check: findings.Check, settings: Mapping[str, Any]) -> str:
 
 
 def _row(*cells: object) -> str:
-    """A table row whose columns stay in line; a Chinese character is two columns wide."""
-    columns = []
-    for cell in map(str, cells):
-        width = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in cell)
-        columns.append(" " * (11 - width) + cell)
-    return "".join(columns)
+    """A table row whose columns stay in line."""
+    return "".join(" " * (11 - display_width(cell)) + cell for cell in map(str, cells))

@@ -4,11 +4,11 @@ A check is a generator of findings. What a check raises – a UserError, or anyt
 calls the doctor has a machine on which something is wrong.
 """
 
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qwenmed.controls import display_width
 from qwenmed.errors import UserError
 
 GOOD, MIND, BAD = "✓", "!", "✗"
@@ -67,10 +67,10 @@ def is_well(findings: Iterable[Finding]) -> bool:
 
 def as_text(findings: Sequence[Finding], columns: int) -> str:
     """The table for a terminal: mark, what, found; the fix below it."""
-    width = max(_width(each.what) for each in findings) + 2
+    width = max(display_width(each.what) for each in findings) + 2
     lines = []
     for each in findings:
-        head = f"{each.mark} {each.what}{' ' * (width - _width(each.what))}"
+        head = f"{each.mark} {each.what}{' ' * (width - display_width(each.what))}"
         lines += _wrapped(head, each.found, columns)
         if each.fix and each.mark != GOOD:
             lines += _wrapped(" " * (width + 2) + "→ ", each.fix, columns)
@@ -82,10 +82,10 @@ def as_text(findings: Sequence[Finding], columns: int) -> str:
 
 def _wrapped(head: str, text: str, columns: int) -> list[str]:
     """The text behind its head, broken where the terminal ends; Chinese may break anywhere."""
-    indent, room = " " * _width(head), max(20, columns - _width(head) - 1)
+    indent, room = " " * display_width(head), max(20, columns - display_width(head) - 1)
     lines, line = [], ""
     for word in _words(text):
-        if line and _width(line + word.rstrip()) > room:
+        if line and display_width(line + word.rstrip()) > room:
             lines.append(line.rstrip())
             line = ""
         line += word
@@ -97,7 +97,7 @@ def _words(text: str) -> Iterator[str]:
     """Chinese characters one by one, what is written in Latin letters as words with the blank behind them."""
     word = ""
     for character in text.replace("\n", " "):
-        if unicodedata.east_asian_width(character) in "WF":
+        if display_width(character) == 2:
             yield from filter(None, (word, character))
             word = ""
         else:
@@ -107,7 +107,3 @@ def _words(text: str) -> Iterator[str]:
                 word = ""
     if word:
         yield word
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)

@@ -7,6 +7,7 @@ renderer needs none of this, it tells text from tokens (`chat.SANITIZE`).
 
 import json
 import re
+import unicodedata
 
 # Line feed and tab stay; a carriage return would let a text overwrite its own line.
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: "\u2421", 0x0D: None}
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
     Works character by character, so that a stream may be treated piece by piece.
     """
     return text.translate(_PRINTABLE)
+
+
+def display_width(text: str) -> int:
+    """How many columns of a terminal a text takes; a Chinese character is two wide."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def json_line(row: object) -> str:
