@@ -18,7 +18,7 @@ from qwenmed.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Rows whose logits exist at one time (head.CHUNK_ROWS).
+# Rows whose logits exist at one time; the head goes by it, and the memory is computed with it.
 HEAD_ROWS = 512
 # Bytes a parameter takes in full fine-tuning with AdamW: weight, gradient and two moments, all fp32.
 FP32_TRAINING_BYTES = 16

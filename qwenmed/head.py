@@ -2,7 +2,7 @@
 
 At Qwen3's 151,936 words the logits of 2,048 tokens take 1.2 GiB in fp32, and a plain loss several times that.
 torch's `linear_cross_entropy` goes through the rows in chunks and forms the gradients on the way; prompt and
-padding rows are dropped before. Chunks are of `CHUNK_ROWS`: torch's automatic choice is 8 to 16 rows at this
+padding rows are dropped before. Chunks are of `HEAD_ROWS`: torch's automatic choice is 8 to 16 rows at this
 width, which is slow. TRL's own fused head does this job on GPUs with Triton; elsewhere it scores every row and
 took 2 to 3 times as long here (benchmarks/).
 """
@@ -10,15 +10,15 @@ took 2 to 3 times as long here (benchmarks/).
 import functools
 from typing import TYPE_CHECKING, Any
 
+from qwenmed.hardware import HEAD_ROWS
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-CHUNK_ROWS = 512
-
 
 def completion_loss(
-    hidden: "torch.Tensor", weight: "torch.Tensor", labels: "torch.Tensor", chunk_rows: int = CHUNK_ROWS
+    hidden: "torch.Tensor", weight: "torch.Tensor", labels: "torch.Tensor", chunk_rows: int = HEAD_ROWS
 ) -> "torch.Tensor":
     """Summed negative log-likelihood of the labelled tokens, as a scalar in fp32.
 
