@@ -230,8 +230,9 @@ def summarise(
 ) -> None:
     """Print what was found, and write the audit where it is asked for."""
     settings = {name: value for name, value in vars(args).items() if name != "audit"}
-    titles = {scenario: MEDICAL_SCENARIOS[scenario] for scenario in MEDICAL_PROMPTS}
-    report = audit.summary(collection, parts, settings, titles, "token" if plan.tokenizer else "字符，未计 token")
+    report = audit.summary(
+        collection, parts, settings, MEDICAL_SCENARIOS, "token" if plan.tokenizer else "字符，未计 token"
+    )
     print(audit.as_text(report))
     names = "train.jsonl、val.jsonl、train_format.jsonl、val_format.jsonl"
     if collection.tally.dropped:

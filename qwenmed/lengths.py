@@ -28,10 +28,6 @@ class SampleLengths:
         self._added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         self._quick = all(token.startswith("<") for token in self._added)
 
-    def of(self, record: Record, system: str) -> int:
-        """The length of one sample, in tokens."""
-        return self.of_many([(record, system)])[0]
-
     def of_many(self, samples: Sequence[tuple[Record, str]]) -> list[int]:
         """The lengths of several samples, in tokens."""
         lengths: list[int | None] = [None] * len(samples)

@@ -95,7 +95,8 @@ def parse_row(row: object, place: str, mapping: Mapping[str, str] | None = None)
         found = _PARSERS[schema](row, mapping or {})
     except _Unusable as reason:
         return Problem(place, str(reason))
-    return [_placed(record, row if schema in (OWN, FORMATTED) else None, place) for record in found]
+    unchanged = schema in (OWN, FORMATTED)
+    return [replace(record, row=row if unchanged else as_row(record), place=place) for record in found]
 
 
 def as_row(record: Record) -> dict[str, Any]:
@@ -119,24 +120,6 @@ def with_texts(record: Record, question: str, think: str, answer: str) -> Record
     else:
         row = as_row(changed)
     return replace(changed, row=row)
-
-
-def split_thinking(text: str) -> tuple[str, str]:
-    """Thinking and answer of a reply that holds both.
-
-    Raises:
-        ValueError: a thinking that begins and does not end.
-    """
-    begins, (think, closed, answer) = text.lstrip().startswith("<think>"), text.partition("</think>")
-    if not closed:
-        if begins:
-            raise ValueError("思考没有结束：有 <think>，没有 </think>")
-        return "", text
-    return think.strip().removeprefix("<think>").strip(), answer.strip()
-
-
-def _placed(record: Record, row: dict[str, Any] | None, place: str) -> Record:
-    return replace(record, row=as_row(record) if row is None else row, place=place)
 
 
 def _own(row: dict[str, Any], mapping: Mapping[str, str]) -> list[Record]:
@@ -257,10 +240,13 @@ def _record(
 
 
 def _inline(text: str) -> tuple[str, str]:
-    try:
-        return split_thinking(text)
-    except ValueError as error:
-        raise _Unusable(str(error)) from None
+    """Thinking and answer of a reply that may hold both."""
+    think, closed, answer = text.partition("</think>")
+    if closed:
+        return think.strip().removeprefix("<think>").strip(), answer.strip()
+    if text.lstrip().startswith("<think>"):
+        raise _Unusable("思考没有结束：有 <think>，没有 </think>")
+    return "", text
 
 
 def _content(content: object, number: int) -> str:

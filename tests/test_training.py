@@ -105,7 +105,7 @@ def test_record_of_which_one_sample_fits_counts_as_trained_on(tokenizer, tmp_pat
 
     record = Record("问题？", "想一想。", "回答。", scenario="s")
     prompts = ("短", "长" * 60)
-    fits, too_long = (lengths.SampleLengths(tokenizer).of(record, prompt) for prompt in prompts)
+    fits, too_long = lengths.SampleLengths(tokenizer).of_many([(record, prompt) for prompt in prompts])
     for name in ("train", "val"):
         row = {"question": record.question, "think": record.think, "answer": record.answer, "scenario": "s"}
         (tmp_path / f"{name}.jsonl").write_text(files.to_jsonl([row]), encoding="utf-8")
