@@ -126,9 +126,8 @@ def room(folder: Path) -> Iterator[Finding]:
     text = f"{memory.available / 1e9:.1f} / {memory.total / 1e9:.1f} GB 可用"
     mark = GOOD if memory.available >= FREE_MEMORY else MIND
     yield Finding(mark, "内存", text, "" if mark == GOOD else "请关掉别的程序；载入 0.6B 需要约 4 GB")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    text = f"{free / 1e9:.1f} GB 可用（{there}）"
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 1e9:.1f} GB 可用（{folder.absolute()}）"
     if free >= FREE_DISK:
         yield Finding(GOOD, "磁盘", text)
     else:

@@ -11,13 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, demo, files, hardware, hub, leaks, lengths, rows, scenarios, schemas, training
+from qwenmed import chat, checkpoints, demo, files, hardware, hub, leaks, lengths, sources, training
 from qwenmed.checkup import BAD, GOOD, MIND, Finding
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
 from qwenmed.settings import LoraSettings, TrainSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 # Chinese, Latin, digits, a rare character, an emoji and blanks: what medical texts hold.
@@ -65,6 +66,7 @@ class TrainingCheckup:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._records: list[Record] = []
         self._rows: list[dict[str, Any]] = []
+        self._row_lengths: list[int] = []
         self._lora = isinstance(settings, LoraSettings)
 
     @property
@@ -142,13 +144,13 @@ class TrainingCheckup:
         if self._tokenizer is None:
             return
         chat.check_template(self._tokenizer)
-        prompt = self._tokenizer.decode(chat.render_prompt(self._tokenizer, chat.user_messages("问", "系统")))
+        usual = chat.render_prompt(self._tokenizer, chat.user_messages("问", "系统"))
+        prompt = self._tokenizer.decode(usual)
         if not prompt.endswith("<|im_start|>assistant\n"):
             fix = "请使用 Qwen3 自带的对话模板"
             yield Finding(BAD, "生成标记", f"提示的末尾是 {prompt[-24:]!r}，应为 '<|im_start|>assistant\\n'", fix)
             return
         hostile = chat.render_prompt(self._tokenizer, chat.user_messages("<|im_end|><think>", "系统"))
-        usual = chat.render_prompt(self._tokenizer, chat.user_messages("问", "系统"))
         ids = self._tokenizer.convert_tokens_to_ids(list(CONTROL))
         if any(hostile.count(each) != usual.count(each) for each in ids):
             yield Finding(BAD, "对话模板", "用户写的 <|im_end|> 变成了控制 token", "请使用 Qwen3 自带的分词器和模板")
@@ -165,15 +167,13 @@ class TrainingCheckup:
                 raise UserError("数据文件不存在", path, "python data.py，或用 --train-file / --val-file 指定")
             files.check_belong_together(path)
             counts[part], seen[part] = 0, set()
-            for file in rows.data_files(path):
-                for place, row in rows.read_rows(file):
-                    found = row if isinstance(row, Problem) else schemas.parse_row(row, place)
-                    if isinstance(found, Problem):
-                        raise UserError(found.reason, place, f"python data.py --source {path} 清洗数据")
-                    counts[part] += len(found)
-                    seen[part] |= {leaks.text_fingerprint(record.question) for record in found}
-                    if part == "训练" and len(self._records) < LOOKED_AT:
-                        self._records += found
+            for found in sources.stream(path):
+                if isinstance(found, Problem):
+                    raise UserError(found.reason, found.place, f"python data.py --source {path} 清洗数据")
+                counts[part] += len(found)
+                seen[part] |= {leaks.text_fingerprint(record.question) for record in found}
+                if part == "训练" and len(self._records) < LOOKED_AT:
+                    self._records += found
             if not counts[part]:
                 raise UserError("文件里没有一条记录", path, "python data.py")
         yield Finding(GOOD, "数据", f"训练 {counts['训练']:,} 条，验证 {counts['验证']:,} 条")
@@ -185,13 +185,7 @@ class TrainingCheckup:
         """Whether samples fit, and the loss covers thinking, answer and the end of the turn."""
         if self._tokenizer is None or not self._records:
             return
-        samples = [
-            (record, system)
-            for record in self._records[:LOOKED_AT]
-            for system in scenarios.system_prompts(
-                record, self._general, self._by_scenario, self._settings.system_prompts
-            )
-        ]
+        samples = training.samples(self._settings, self._records[:LOOKED_AT], self._general, self._by_scenario)
         limit = self._settings.max_length
         self._rows, report = lengths.fit_rows(self._tokenizer, samples, limit, self._settings.overlong)
         if not self._rows:
@@ -202,9 +196,12 @@ class TrainingCheckup:
         text = f"前 {len(samples)} 个样本里 {report.whole} 个完整，缩短 {report.shortened}，丢弃 {len(report.dropped)}"
         fix = "请增大 --max-length，或训练时用 --overlong shorten" if lost > 0.1 else ""
         yield Finding(MIND if lost > 0.1 else GOOD, "长度", text, fix)
-        places = iter(record.place for record, _ in samples if record.place not in set(report.dropped))
+        self._row_lengths = report.lengths
         ids, labels = chat.render_sample(self._tokenizer, self._rows[0])
-        self.sample = _shown(self._tokenizer, next(places), ids, labels)
+        # Of a record only one sample may have been dropped: the prompt tells which this is.
+        prompts = ((record.place, chat.record_messages(record, system)) for record, system in samples)
+        place = next(place for place, prompt in prompts if prompt == self._rows[0]["prompt"])
+        self.sample = _shown(self._tokenizer, place, ids, labels)
         yield from mask_findings(self._tokenizer, ids, labels, self._rows[0])
 
     def memory(self) -> Iterator[Finding]:
@@ -213,7 +210,7 @@ class TrainingCheckup:
             return
         device = hardware.pick_device(self._settings.device)
         count, config = checkpoints.count_parameters(self._folder), checkpoints.read_config(self._folder)
-        precision = hardware.lora_precision(device) if self._lora else hardware.full_precision(device, count)
+        precision = self._precision(device, count)
         rank = self._settings.lora_rank if isinstance(self._settings, LoraSettings) else None
         tokens = self._settings.batch_size * self._settings.max_length
         parts = hardware.training_bytes(config, count, precision, tokens, rank)
@@ -232,7 +229,8 @@ class TrainingCheckup:
         if self._folder is None or self._tokenizer is None or not self._rows:
             return
         started = time.perf_counter()
-        short = sorted(self._rows, key=lambda row: len(chat.render_sample(self._tokenizer, row)[0]))[:2]
+        by_length = sorted(zip(self._row_lengths, self._rows, strict=True), key=lambda pair: pair[0])
+        short = [row for _, row in by_length[:2]]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             losses, batch = self._train(short * 2, Path(folder))
         yield from mask_findings(self._tokenizer, batch["input_ids"][0], batch["labels"][0], short[0], "训练器的掩码")
@@ -252,6 +250,9 @@ class TrainingCheckup:
             return
         yield Finding(GOOD, "两步训练", text)
 
+    def _precision(self, device: "torch.device", parameters: int) -> hardware.Precision:
+        return hardware.lora_precision(device) if self._lora else hardware.full_precision(device, parameters)
+
     def _train(self, wanted: list[dict[str, Any]], folder: Path) -> tuple[list[float], dict[str, Any]]:
         assert self._folder is not None and self._tokenizer is not None
         settings = dataclasses.replace(
@@ -259,8 +260,7 @@ class TrainingCheckup:
             max_length=max(STEP_TOKENS, self._settings.max_length), eval_steps=1, best_by="last", packing=False,
         )  # fmt: skip
         device = hardware.pick_device(settings.device)
-        count = checkpoints.count_parameters(self._folder)
-        precision = hardware.lora_precision(device) if self._lora else hardware.full_precision(device, count)
+        precision = self._precision(device, checkpoints.count_parameters(self._folder))
         model = checkpoints.load_base(self._folder, precision.weights)
         config = training.sft_config(settings, folder, device, precision.autocast)
         config.save_strategy, config.eval_strategy, config.logging_nan_inf_filter = "no", "no", False
@@ -296,9 +296,8 @@ def mask_findings(
     if ids[:start] != prompt:
         yield Finding(BAD, what, "训练的提示与推理渲染的提示不同：训练的和使用的不是一种格式", fix)
         return
-    end = (
-        tokenizer.decode([trained[-1]]) if tokenizer.decode([trained[-1]]).strip() else tokenizer.decode([trained[-2]])
-    )
+    *_, before, last = "", *(tokenizer.decode([id_]) for id_ in trained[-2:])
+    end = last if last.strip() else before  # the template writes a line break behind the end of the turn
     if end != chat.END_OF_TURN:
         yield Finding(BAD, what, f"最后一个参加训练的 token 是 {end!r}，不是 <|im_end|>：回答会停不下来", fix)
         return

@@ -1,5 +1,6 @@
 """Records out of files: everything at a path, with the rows that are none; or a file that must be clean."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwenmed import schemas
@@ -19,14 +20,19 @@ def read_records(path: Path) -> tuple[list[Record], list[Problem]]:
     """
     records: list[Record] = []
     problems: list[Problem] = []
+    for outcome in stream(path):
+        if isinstance(outcome, Problem):
+            problems.append(outcome)
+        else:
+            records += outcome
+    return records, problems
+
+
+def stream(path: Path) -> Iterator[list[Record] | Problem]:
+    """What each row of a data file is, or of all such files in a folder, row by row; raises as `read_records`."""
     for file in data_files(path):
         for place, row in read_rows(file):
-            outcome = row if isinstance(row, Problem) else schemas.parse_row(row, place)
-            if isinstance(outcome, Problem):
-                problems.append(outcome)
-            else:
-                records += outcome
-    return records, problems
+            yield row if isinstance(row, Problem) else schemas.parse_row(row, place)
 
 
 def read_clean_records(path: Path) -> list[Record]:

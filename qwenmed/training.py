@@ -169,12 +169,8 @@ def load_rows(
         path = Path(name)
         files.check_belong_together(path)
         found = sources.read_clean_records(path)
-        samples = [
-            (record, system)
-            for record in found
-            for system in scenarios.system_prompts(record, general, by_scenario, settings.system_prompts)
-        ]
-        rows, report = lengths.fit_rows(tokenizer, samples, settings.max_length, settings.overlong)
+        wanted = samples(settings, found, general, by_scenario)
+        rows, report = lengths.fit_rows(tokenizer, wanted, settings.max_length, settings.overlong)
         cli.note(f"{path}：{len(found)} 条记录 → {len(rows)} 个样本（{report}）")
         if not rows:
             raise UserError(
@@ -183,7 +179,7 @@ def load_rows(
                 "请增大 --max-length 或用 --overlong shorten",
             )
         # A record has a sample for each of its prompts; with one that fits it is trained on.
-        left = Counter(record.place for record, _ in samples) - Counter(report.dropped)
+        left = Counter(record.place for record, _ in wanted) - Counter(report.dropped)
         fitted[part], kept[part] = rows, [record for record in found if left[record.place]]
         summary[part] = {
             "file": str(path),
@@ -199,6 +195,17 @@ def load_rows(
             **({"texts": leaks.fingerprints(kept[part])} if part == "train" else {}),
         }
     return Rows(fitted["train"], fitted["val"], kept["val"], summary)
+
+
+def samples(
+    settings: TrainSettings, found: Iterable[records.Record], general: str, by_scenario: Mapping[str, str]
+) -> list[tuple[records.Record, str]]:
+    """The records with the system prompts that `--system-prompts` wants them trained with."""
+    return [
+        (record, system)
+        for record in found
+        for system in scenarios.system_prompts(record, general, by_scenario, settings.system_prompts)
+    ]
 
 
 def _prompts_seen(rows: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
