@@ -191,6 +191,15 @@ def test_fault_09_weights_are_missing(patient):
     assert "不完整" in marks(examined(patient, *QUICK), "error")["模型"]["found"]
 
 
+def test_model_of_the_hub_that_is_here_in_part_is_examined_and_not_fetched(patient):
+    (patient / "models").mkdir()
+    (patient / "model").rename(patient / "models" / "other")
+    (patient / "models" / "other" / "model.safetensors").unlink()
+    done = run_script("doctor.py", "--model", "org/other", *QUICK, cwd=patient)
+    found = marks(json.loads(done.out), "error")["模型"]["found"]
+    assert done.status == 1 and "不完整" in found and "下载" not in done.err
+
+
 def test_fault_10_weights_are_cut(patient):
     path = patient / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
