@@ -10,28 +10,35 @@
 """
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
-from qwenmed import checkpoints, cli, hardware, training
+from qwenmed import checkpoints, cli, hardware, planning, training
 from qwenmed.run import Run
 from qwenmed.settings import TrainSettings
 
 
 def main() -> None:
     """Full-parameter SFT, step by step."""
-    settings, model_folder = training.read_command_line("train.py", __doc__, TrainSettings, MEDICAL_PROMPTS.values())
+    command = training.read_command_line("train.py", __doc__, TrainSettings, MEDICAL_PROMPTS.values())
+    if command.only_plan:
+        print(planning.overview(command.settings))
+        return
+    settings, model_folder = command.settings, command.model_folder
     folder = training.open_run_folder(settings, model_folder, "full")
     device = hardware.pick_device(settings.device)
     tokenizer = checkpoints.load_tokenizer(model_folder)
     rows = training.load_rows(settings, tokenizer, GENERAL_PROMPT, MEDICAL_PROMPTS)
 
-    precision = hardware.full_precision(device, checkpoints.count_parameters(model_folder))
-    cli.note(f"设备 {device.type}：{precision.reason}")
-    config = training.sft_config(settings, folder, device, precision.autocast)
-    model = checkpoints.load_base(model_folder, precision.weights)
-
     run = Run(settings, folder, "full", model_folder)
-    card = run.begin(rows, tokenizer, precision, device)
-    trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks())
-    run.train(trainer)
+    planning.cap(device, settings)
+    gpu = planning.card_of(device, settings)
+    plans = planning.choose(settings, model_folder, gpu, rows.longest, run.plan_before())
+    card = run.begin(rows, tokenizer, device)
+    for plan in run.attempts(plans):
+        config = training.sft_config(settings, folder, plan, gpu)
+        model = checkpoints.load_base(model_folder, plan.dtype)
+        trainer = training.build_trainer(
+            model, tokenizer, rows, config, card, run.callbacks(), in_backward=plan.in_backward
+        )
+        run.train(trainer)
     run.finish(trainer, tokenizer, rows, GENERAL_PROMPT)
 
 

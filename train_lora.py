@@ -10,31 +10,34 @@
 """
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
-from qwenmed import checkpoints, cli, hardware, training
+from qwenmed import checkpoints, cli, hardware, planning, training
 from qwenmed.run import Run
 from qwenmed.settings import LoraSettings
 
 
 def main() -> None:
     """LoRA SFT, step by step."""
-    settings, model_folder = training.read_command_line(
-        "train_lora.py", __doc__, LoraSettings, MEDICAL_PROMPTS.values()
-    )
+    command = training.read_command_line("train_lora.py", __doc__, LoraSettings, MEDICAL_PROMPTS.values())
+    if command.only_plan:
+        print(planning.overview(command.settings))
+        return
+    settings, model_folder = command.settings, command.model_folder
     folder = training.open_run_folder(settings, model_folder, "lora")
     device = hardware.pick_device(settings.device)
     tokenizer = checkpoints.load_tokenizer(model_folder)
     rows = training.load_rows(settings, tokenizer, GENERAL_PROMPT, MEDICAL_PROMPTS)
 
-    precision = hardware.lora_precision(device)
-    cli.note(f"设备 {device.type}：{precision.reason}")
-    config = training.sft_config(settings, folder, device, precision.autocast)
-    model = checkpoints.load_base(model_folder, precision.weights)
-
     run = Run(settings, folder, "lora", model_folder)
-    card = run.begin(rows, tokenizer, precision, device)
-    adapter = training.lora_config(settings)
-    trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks(), adapter)
-    run.train(trainer)
+    planning.cap(device, settings)
+    gpu = planning.card_of(device, settings)
+    plans = planning.choose(settings, model_folder, gpu, rows.longest, run.plan_before())
+    card = run.begin(rows, tokenizer, device)
+    for plan in run.attempts(plans):
+        config = training.sft_config(settings, folder, plan, gpu)
+        model = checkpoints.load_base(model_folder, plan.dtype, four_bit=plan.weights == "nf4")
+        adapter = training.lora_config(settings)
+        trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks(), adapter)
+        run.train(trainer)
     run.finish(trainer, tokenizer, rows, GENERAL_PROMPT)
 
 

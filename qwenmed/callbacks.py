@@ -1,24 +1,39 @@
 """What hooks into the trainer. Imports transformers at once, so import this module where it is used."""
 
+import math
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-from qwenmed import checkpoints, cli, head, merged_model
+from qwenmed import checkpoints, cli, hardware, head, merged_model, not_finite
 
 
 class MedicalSFTTrainer(SFTTrainer):
-    """SFTTrainer with a faster head on the CPU, whose checkpoints say how they were made (`checkpoint.json`)."""
+    """SFTTrainer with a faster head on the CPU, that stops at a loss that is no number.
 
-    card: dict[str, Any] = {}
+    Its checkpoints say how they were made (`checkpoint.json`).
+
+    Attributes:
+        card: what each checkpoint says of itself.
+        rows: what is trained on; to name a sample.
+        in_backward: update each weight as soon as its gradient is there, and free the gradient.
+        fresh_states: continue from a checkpoint's weights and step, but with new optimizer states.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.card: dict[str, Any] = {}
+        self.rows: Any = None
+        self.in_backward = self.fresh_states = False
+        self._step_inputs: list[Any] = []
         self._own_head = self.args.device.type == "cpu"  # TRL's head is made for Triton; see head.py
         if self._own_head:
             inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -27,15 +42,59 @@ class MedicalSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean negative log-likelihood over the completion tokens of the global batch."""
+        """Mean negative log-likelihood over the completion tokens of the global batch.
+
+        Raises:
+            UserError: in training, where it is NaN or infinite; nothing is saved behind the last good checkpoint.
+        """
         if not self._own_head or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            found = self._loss(model, inputs, num_items_in_batch)
+        if model.training:
+            if len(self._step_inputs) >= self.args.gradient_accumulation_steps:
+                self._step_inputs.clear()
+            self._step_inputs.append(inputs)
+            # TRL waits for the device at this point as well, for its metrics.
+            if not (found[0] if return_outputs else found).isfinite():
+                raise not_finite.error(self, "损失", [inputs])
+        return found
+
+    def _loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
         total = model(**inputs, use_cache=False, only_loss=True)
         if num_items_in_batch is None:
             return total / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
         # Data parallelism averages the gradients of the processes, and the count is of all of them.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * scale / num_items_in_batch
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # In fp16 the gradients are scaled; an overflow is expected now and then, and the scaler leaves that step out.
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            raise not_finite.error(self, "梯度", self._step_inputs)
+        return norm
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer; with `in_backward` each gradient calls it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.in_backward:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.register_post_accumulate_grad_hook(self._update_at_once)
+        return optimizer
+
+    def _update_at_once(self, weight: Any) -> None:
+        # The gradients of all others are gone already or not yet there, so this step moves one weight only.
+        self.optimizer.step()
+        weight.grad = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.fresh_states:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights, and beside them the card; other programs can load a full checkpoint as it is."""
@@ -83,6 +142,33 @@ class ProgressBar(ProgressCallback):
         names = {"loss": "loss", "eval_loss": "val"}
         self._shown |= {short: f"{logs[key]:.4f}" for key, short in names.items() if key in (logs or {})}
         self.training_bar.set_postfix(self._shown, refresh=False)
+
+
+class FirstStep(TrainerCallback):
+    """Says after the first step what the plan was and what it took.
+
+    Args:
+        planned: bytes.
+        tell: takes both in GiB, for run.json.
+    """
+
+    def __init__(self, planned: int, tell: Callable[[dict[str, Any]], None]) -> None:
+        self._planned, self._tell, self._done = planned / 2**30, tell, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare, once."""
+        if self._done or not state.is_world_process_zero:
+            return
+        self._done = True
+        peak = hardware.peak_memory_gib(args.device)
+        measured = next(iter(peak.values()))
+        self._tell({"planned_gib": round(self._planned, 3), "first_step_gib": peak})
+        listed = "，".join(f"{_PEAKS.get(name, name)} {size:.2f} GiB" for name, size in peak.items())
+        said = f"第一步之后：计划 {self._planned:.2f} GiB，实测{listed}（{measured / self._planned - 1:+.0%}）"
+        tqdm.write(said, file=sys.stderr)  # the bar makes room for it
+
+
+_PEAKS = {"gpu_allocated": "分配", "gpu_reserved": "保留", "resident": "常驻内存"}
 
 
 class StopOnSignal(TrainerCallback):

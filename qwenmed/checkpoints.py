@@ -89,7 +89,7 @@ def describe(path: Path, base_model: Path | None = None) -> Checkpoint:
         base = None
         check_weights(path)
     notice = read_config(base or path).get("notice", "")
-    return Checkpoint(path, base, _card(path), notice if isinstance(notice, str) else "")
+    return Checkpoint(path, base, read_card(path), notice if isinstance(notice, str) else "")
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -140,7 +140,7 @@ def run_checkpoint(run: Path, which: str) -> Path:
     finished = finished_checkpoints(run)
     if not finished:
         raise UserError("这个训练目录里没有完整的检查点", run, "训练可能在第一次保存前中断；请重新训练")
-    trained_with = _card(finished[-1]).get("settings")
+    trained_with = read_card(finished[-1]).get("settings")
     if which == "latest" or (isinstance(trained_with, dict) and trained_with.get("best_by") == "last"):
         return finished[-1]
     scored = [(loss, path) for path in finished if (loss := _eval_loss(path)) is not None]
@@ -199,7 +199,7 @@ def trained_prompts(path: Path) -> frozenset[str]:
     Args:
         path: a checkpoint, an export, or a GGUF file beside whose card it lies.
     """
-    found = _card(path if path.is_dir() else path.parent).get("system_prompts")
+    found = read_card(path if path.is_dir() else path.parent).get("system_prompts")
     return frozenset(found) if isinstance(found, list) and all(isinstance(each, str) for each in found) else frozenset()
 
 
@@ -226,11 +226,14 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -> "PreTrainedModel":
+def load_base(
+    path: Path, dtype: "torch.dtype | str", attention: str = "sdpa", four_bit: bool = False
+) -> "PreTrainedModel":
     """Load a full model's weights from a folder, safetensors only and without running code from it.
 
     Args:
         dtype: of the weights in memory; "auto" for the one they are stored in.
+        four_bit: the linear layers in NF4, computing in `dtype` (QLoRA, arXiv:2305.14314); needs bitsandbytes.
 
     Raises:
         UserError: files are missing or broken, or a weight is absent, which transformers would make up.
@@ -250,6 +253,7 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"quantization_config": _nf4(dtype)} if four_bit else {}),
         )
     except Exception as error:  # as in load_tokenizer
         raise UserError(f"模型无法载入：{_first_line(error)}", path, "请重新下载模型，或换一个检查点") from error
@@ -257,6 +261,14 @@ def load_base(path: Path, dtype: "torch.dtype | str", attention: str = "sdpa") -
         what = f"权重与 config.json 不符：{len(absent)} 个张量缺失或形状不对，如 {absent[0]}"
         raise UserError(what, path, "请重新下载模型，或换一个检查点")
     return model
+
+
+def _nf4(dtype: "torch.dtype | str") -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def tensor_slices(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -346,7 +358,8 @@ def _runs(output_root: Path) -> list[Path]:
     return [folder for folder in output_root.glob("*") if folder.is_dir()] if output_root.is_dir() else []
 
 
-def _card(checkpoint: Path) -> dict[str, Any]:
+def read_card(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; empty where it says nothing that can be read."""
     card = files.read_json(checkpoint / CARD_FILE) if (checkpoint / CARD_FILE).is_file() else {}
     return card if isinstance(card, dict) else {}
 

@@ -11,14 +11,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, demo, files, hardware, hub, leaks, lengths, sources, training
+from qwenmed import (
+    chat,
+    checkpoints,
+    files,
+    hardware,
+    hub,
+    leaks,
+    lengths,
+    planner,
+    planning,
+    shapes,
+    sources,
+    training,
+)
 from qwenmed.checkup import BAD, GOOD, MIND, Finding
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
 from qwenmed.settings import LoraSettings, TrainSettings
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 # Chinese, Latin, digits, a rare character, an emoji and blanks: what medical texts hold.
@@ -72,12 +84,12 @@ class TrainingCheckup:
     @property
     def needs_hub(self) -> bool:
         """Whether the model must still be fetched."""
-        return local_folder(self._settings.model) is None
+        return planning.local_folder(self._settings.model) is None
 
     def model(self) -> Iterator[Finding]:
         """Whether the model is there and whole."""
         name = self._settings.model
-        if local_folder(name) is None:
+        if planning.local_folder(name) is None:
             yield Finding(MIND, "模型", f"{name} 还没有下载", f"python download_model.py {name}")
             return
         folder = training.resolve_model(name, self._by_scenario.values())
@@ -208,21 +220,18 @@ class TrainingCheckup:
         """What the training will need, computed, against what there is."""
         if self._folder is None:
             return
-        device = hardware.pick_device(self._settings.device)
-        count, config = checkpoints.count_parameters(self._folder), checkpoints.read_config(self._folder)
-        precision = self._precision(device, count)
-        rank = self._settings.lora_rank if isinstance(self._settings, LoraSettings) else None
-        tokens = self._settings.batch_size * self._settings.max_length
-        parts = hardware.training_bytes(config, count, precision, tokens, rank)
-        needed, free = sum(parts.values()), hardware.free_memory(device)
-        listed = "，".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        text = f"约需 {needed / 2**30:.1f} GiB（计算值：{listed}），可用 {free / 2**30:.1f} GiB；{precision.reason}"
-        kind = "显存" if device.type == "cuda" else "内存"
-        if needed <= 0.9 * free:
-            yield Finding(GOOD, f"{kind}计划", text)
+        gpu = self._card()
+        kind = "显存" if gpu.kind == "cuda" else "内存"
+        shape = shapes.of_config(checkpoints.read_config(self._folder))
+        tokens = planning.tokens_of(self._settings, gpu, max(self._row_lengths, default=None))
+        try:
+            plan, *_ = planner.choose(shape, self._settings, gpu, tokens, planning.has_torchao())
+        except UserError as error:
+            yield Finding(BAD, f"{kind}计划", error.what, error.remedy or "")
             return
-        smaller = "减小 --max-length" if self._lora else "用 train_lora.py，或减小 --max-length"
-        yield Finding(BAD if needed > free else MIND, f"{kind}计划", text, f"请{smaller}，或换更小的模型")
+        listed = "，".join(f"{name} {size / 2**30:.2f}" for name, size in plan.parts.items())
+        text = f"{plan}：约需 {plan.total / 2**30:.1f} GiB（计算值：{listed}），可用 {gpu.room / 2**30:.1f} GiB"
+        yield Finding(GOOD, f"{kind}计划", text)
 
     def steps(self) -> Iterator[Finding]:
         """Two steps of the real trainer on short samples; nothing is kept of them."""
@@ -250,19 +259,19 @@ class TrainingCheckup:
             return
         yield Finding(GOOD, "两步训练", text)
 
-    def _precision(self, device: "torch.device", parameters: int) -> hardware.Precision:
-        return hardware.lora_precision(device) if self._lora else hardware.full_precision(device, parameters)
+    def _card(self) -> planner.Card:
+        return planning.card_of(hardware.pick_device(self._settings.device), self._settings)
 
     def _train(self, wanted: list[dict[str, Any]], folder: Path) -> tuple[list[float], dict[str, Any]]:
         assert self._folder is not None and self._tokenizer is not None
         settings = dataclasses.replace(
             self._settings, max_steps=2, batch_size=1, gradient_accumulation_steps=1, logging_steps=1,
-            max_length=max(STEP_TOKENS, self._settings.max_length), eval_steps=1, best_by="last", packing=False,
+            max_length=max(STEP_TOKENS, self._settings.max_length), eval_steps=1, best_by="last", packing="off",
         )  # fmt: skip
-        device = hardware.pick_device(settings.device)
-        precision = self._precision(device, checkpoints.count_parameters(self._folder))
-        model = checkpoints.load_base(self._folder, precision.weights)
-        config = training.sft_config(settings, folder, device, precision.autocast)
+        gpu, shape = self._card(), shapes.of_config(checkpoints.read_config(self._folder))
+        plan, *_ = planner.choose(shape, settings, gpu, STEP_TOKENS, planning.has_torchao())
+        model = checkpoints.load_base(self._folder, plan.dtype)
+        config = training.sft_config(settings, folder, plan, gpu)
         config.save_strategy, config.eval_strategy, config.logging_nan_inf_filter = "no", "no", False
         adapter = training.lora_config(settings) if isinstance(settings, LoraSettings) else None
         data = training.Rows(wanted, wanted[:1], [], {})
@@ -272,14 +281,6 @@ class TrainingCheckup:
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, {name: batch[name].tolist() for name in ("input_ids", "labels")}
-
-
-def local_folder(model: str) -> Path | None:
-    """Where a model lies already; the demo model is built and counts as there."""
-    for path in (Path(model), Path("models") / model.split("/")[-1]):
-        if path.is_dir():
-            return path
-    return Path("models") / model if model == demo.DEMO_MODEL else None
 
 
 def mask_findings(

@@ -1,16 +1,10 @@
 """What the machine can do: device, number types, attention.
 
-Rules (each printed once where it is used, with the option that overrides it):
-- bf16 only where the GPU has it natively (compute capability ≥ 8.0; torch's own check counts emulation);
-- older GPUs train with fp32 weights under fp16 autocast, never with pure fp16 weights (NaN in one AdamW
-  step; Qwen3#670);
-- the CPU trains and generates in fp32.
+bf16 counts only where the GPU has it natively (compute capability ≥ 8.0; torch's own check counts emulation).
 """
 
 import contextlib
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenmed.errors import UserError
@@ -20,25 +14,6 @@ if TYPE_CHECKING:
 
 # Rows whose logits exist at one time; the head goes by it, and the memory is computed with it.
 HEAD_ROWS = 512
-# Bytes a parameter takes in full fine-tuning with AdamW: weight, gradient and two moments, all fp32.
-FP32_TRAINING_BYTES = 16
-# Share of the card that weights and optimizer may fill, so that activations have room.
-FP32_MEMORY_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a run computes.
-
-    Attributes:
-        weights: type of the weights that are stored, and of those that are trained.
-        autocast: "bf16", "fp16" or None.
-        reason: one line for the user.
-    """
-
-    weights: "torch.dtype"
-    autocast: str | None
-    reason: str
 
 
 def pick_device(wanted: str = "auto") -> "torch.device":
@@ -65,70 +40,6 @@ def has_native_bf16(device: "torch.device") -> bool:
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def full_precision(device: "torch.device", parameters: int) -> Precision:
-    """Number types for full fine-tuning of a model of `parameters` weights."""
-    import torch
-
-    if device.type != "cuda":
-        return Precision(torch.float32, None, "fp32 权重，不用混合精度")
-    total = torch.cuda.get_device_properties(device).total_memory
-    fits = parameters * FP32_TRAINING_BYTES <= total * FP32_MEMORY_SHARE
-    if not has_native_bf16(device):
-        return Precision(torch.float32, "fp16", "fp32 权重 + fp16 自动混合精度（这块 GPU 没有原生 bf16）")
-    if fits:
-        return Precision(torch.float32, "bf16", "fp32 主权重 + bf16 自动混合精度")
-    return Precision(
-        torch.bfloat16, "bf16", f"显存放不下 fp32 主权重（需约 {parameters * 16 / 2**30:.1f} GiB），改用 bf16 权重"
-    )
-
-
-def training_bytes(
-    config: Mapping[str, Any], parameters: int, precision: Precision, tokens: int, lora_rank: int | None = None
-) -> dict[str, int]:
-    """What a training step holds in memory, computed from the model's sizes; bytes by kind.
-
-    Weights, gradients and AdamW's two moments are exact; activations (with checkpointing on a GPU, without on a CPU)
-    and the head are an estimate that leaves out the libraries' own buffers.
-
-    Args:
-        config: the model's config.json.
-        parameters: of the model.
-        tokens: in one batch: sequences times their length.
-        lora_rank: of the adapters on all linear layers; None for full fine-tuning.
-    """
-    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    size = precision.weights.itemsize
-    heads = config["num_attention_heads"] * config["head_dim"]
-    shared = config["num_key_value_heads"] * config["head_dim"]
-    trained = parameters
-    if lora_rank is not None:
-        ends = [(width, heads), (width, shared), (width, shared), (heads, width), *[(width, inner)] * 3]
-        trained = layers * lora_rank * sum(into + out for into, out in ends)
-    state = 4 if lora_rank is not None else size
-    half = 2 if precision.autocast else size
-    layer = tokens * (6 * width + 2 * (heads + shared) + 3 * inner) * half
-    checkpointed = precision.autocast is not None
-    chunk = min(tokens, HEAD_ROWS) * config["vocab_size"]
-    return {
-        "权重": parameters * size + (trained * 4 if lora_rank is not None else 0),
-        "梯度": trained * state,
-        "优化器": 2 * trained * state,
-        "激活": tokens * width * layers * half + layer if checkpointed else layers * layer,
-        "输出层": 2 * chunk * 4,
-    }
-
-
-def lora_precision(device: "torch.device") -> Precision:
-    """Number types for LoRA: a frozen base in half precision where the hardware has it; adapters in fp32."""
-    import torch
-
-    if device.type != "cuda":
-        return Precision(torch.float32, None, "fp32 权重，不用混合精度")
-    if has_native_bf16(device):
-        return Precision(torch.bfloat16, "bf16", "bf16 冻结权重 + fp32 LoRA 权重，bf16 自动混合精度")
-    return Precision(torch.float32, "fp16", "fp32 权重 + fp16 自动混合精度（这块 GPU 没有原生 bf16）")
 
 
 def inference_dtype(device: "torch.device") -> "torch.dtype":

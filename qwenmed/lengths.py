@@ -68,11 +68,16 @@ class SampleLengths:
 
 @dataclasses.dataclass
 class LengthReport:
-    """What fitting rows to a length did: counts of rows kept whole, shortened and dropped."""
+    """What fitting rows to a length did: counts of rows kept whole and shortened, and the places of those dropped.
+
+    Attributes:
+        places, lengths: of the rows that were kept, in their order: where they stand in the file; their tokens.
+    """
 
     whole: int = 0
     shortened: int = 0
     dropped: list[str] = dataclasses.field(default_factory=list)
+    places: list[str] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
@@ -104,6 +109,7 @@ def fit_rows(
             row, length = shorter
             report.shortened += 1
         rows.append(row)
+        report.places.append(record.place)
         report.lengths.append(length)
     return rows, report
 

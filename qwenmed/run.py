@@ -1,8 +1,9 @@
 """One training run's bookkeeping: run.json, the tracker, the signals, the sample answers, the loss curve."""
 
+import gc
 import pickle
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ from qwenmed import (
     files,
     hardware,
     measures,
+    planner,
     plots,
     records,
+    resuming,
     scoring,
     tracking,
 )
 from qwenmed.bootstrap import Bootstrap, Estimate, plain
 from qwenmed.errors import UserError
+from qwenmed.planner import Plan
 from qwenmed.settings import TrainSettings
 from qwenmed.training import Rows
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-    from qwenmed.callbacks import StopOnSignal
+    from qwenmed.callbacks import MedicalSFTTrainer, StopOnSignal
     from qwenmed.engine import Generation
 
 SAMPLES_FILE = "samples.jsonl"
@@ -56,11 +60,16 @@ class Run:
         self.file = tracking.RunFile(folder)
         self.tracker = tracking.Tracker(cli.note)
         self.stop: StopOnSignal | None = None
+        self._plan: Plan | None = None
+        self._trainer: MedicalSFTTrainer | None = None
+        self._out_of_memory = self._stepped_down = False
 
-    def begin(
-        self, rows: Rows, tokenizer: "PreTrainedTokenizerBase", precision: hardware.Precision, device: "torch.device"
-    ) -> dict[str, Any]:
-        """Write run.json, start the tracker, and return the card that goes into each checkpoint."""
+    def begin(self, rows: Rows, tokenizer: "PreTrainedTokenizerBase", device: "torch.device") -> dict[str, Any]:
+        """Write run.json, start the tracker, and return the card that goes into each checkpoint.
+
+        Raises:
+            UserError: `--resume`, but the checkpoint is of other data or settings.
+        """
         previous = self.file.previous() if self.settings.resume else {}
         mode = tracking.swanlab_mode(self.settings.swanlab)
         name = self.folder.name
@@ -78,41 +87,77 @@ class Run:
             ),
             "chat_template_sha256": tracking.text_hash(tokenizer.chat_template),
         }
+        if checkpoint := self.checkpoint():
+            resuming.check_same(checkpoints.read_card(checkpoint), card, checkpoint, self.settings)
         self.file.update(
             status="running",
             started=tracking.now(),
             **card | {"data": rows.summary},
-            precision={"weights": str(precision.weights), "autocast": precision.autocast},
             hardware=hardware.describe(device),
             versions=tracking.library_versions(),
             swanlab={"mode": mode, "id": self.tracker.run_id},
         )
         return card
 
+    def attempts(self, plans: Sequence[Plan]) -> Iterator[Plan]:
+        """The plans one after the other, as long as `train` runs out of memory.
+
+        Raises:
+            UserError: it did so with the last one too.
+        """
+        for number, plan in enumerate(plans):
+            self._plan, self._out_of_memory = plan, False
+            yield plan
+            if not self._out_of_memory:
+                return
+            self._let_go()
+            if number + 1 < len(plans):
+                cli.note(f"显存不足，改用下一个计划：{plans[number + 1]}（{plans[number + 1].total / 2**30:.2f} GiB）")
+        remedy = "请用更小的 --max-length、train_lora.py 或更小的模型；已完成的检查点都在，可以用 --resume 继续"
+        raise UserError("显存不足，最省的计划也放不下", self.folder, remedy)
+
     def callbacks(self) -> list:
         """The trainer callbacks that serve the bookkeeping."""
-        from qwenmed.callbacks import GuardedSwanLab, StopOnSignal
+        from qwenmed.callbacks import FirstStep, GuardedSwanLab, StopOnSignal
 
         self.stop = StopOnSignal()
         found = [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
+        if self._plan:
+            found.append(FirstStep(self._plan.total, lambda memory: self.file.update(memory=memory)))
         if self.settings.early_stopping:
             from transformers import EarlyStoppingCallback
 
             found.append(EarlyStoppingCallback(self.settings.early_stopping))
         return found
 
-    def train(self, trainer: "SFTTrainer") -> None:
-        """Train, from the newest whole checkpoint where `--resume` is set; Ctrl-C and SIGTERM save first.
+    def train(self, trainer: "MedicalSFTTrainer") -> None:
+        """Train, from the newest whole checkpoint where there is one; Ctrl-C and SIGTERM save first.
+
+        Running out of a GPU's memory is noted for `attempts`, and the memory given back.
 
         Raises:
             KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
-            UserError: the disk is full.
+            UserError: the disk is full, or a loss is no number.
         """
-        checkpoint = self._resume_from()
+        import torch
+
+        plan = planner.states_of(self._plan)
+        trainer.card = trainer.card | {"plan": plan}
+        self.file.update(plan={**plan, "parts": self._plan.parts if self._plan else {}})
+        checkpoint = self.checkpoint()
+        if checkpoint:
+            checkpoints.check_weights(checkpoint)
+            checkpoints.check_states(checkpoint)
+            trainer.fresh_states = checkpoints.read_card(checkpoint).get("plan", plan) != plan
+            cli.note(f"从 {checkpoint} 继续训练")
+        elif self.settings.resume:
+            cli.note("没有可以继续的检查点，从头开始训练")
         if trainer.args.device.type == "cpu":
             hardware.keep_freed_memory()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError:
+            self._out_of_memory = True
         except pickle.UnpicklingError as error:  # the states are loaded with weights_only, which runs no code
             remedy = "它可能损坏或被改动过：删除这个检查点后用 --resume 从前一个继续"
             raise UserError("优化器、调度器或随机数的状态不是纯数据，没有载入", checkpoint, remedy) from error
@@ -124,11 +169,37 @@ class Run:
             raise UserError("磁盘空间已满，检查点没有存下", self.folder, remedy) from error
         finally:
             trainer.progress_bar.close()
+            self._trainer = trainer
         if self.stop and self.stop.received is not None:
             self._record(trainer, "interrupted")
             self.tracker.finish("aborted")
             cli.note(f"检查点已保存：{self.folder}/checkpoint-{trainer.state.global_step}；加上 --resume 即可继续")
             raise KeyboardInterrupt if self.stop.received == signal.SIGINT else cli.Terminated
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of this run, where it goes on from one: `--resume`, or memory ran out behind it."""
+        if not self.settings.resume and not self._stepped_down:
+            return None
+        return next(reversed(checkpoints.finished_checkpoints(self.folder)), None)
+
+    def plan_before(self) -> dict[str, Any]:
+        """What the checkpoint that is continued from says of its plan; empty where there is none."""
+        checkpoint = self.checkpoint()
+        return checkpoints.read_card(checkpoint).get("plan", {}) if checkpoint else {}
+
+    def _let_go(self) -> None:
+        """Free what the failed attempt holds, wherever its model is still referred to."""
+        import torch
+
+        trainer, self._trainer, self._stepped_down = self._trainer, None, True
+        if trainer is not None:
+            trainer.optimizer = trainer.lr_scheduler = None
+            trainer.model.to_empty(device="meta")
+            trainer.accelerator.free_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def finish(self, trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", rows: Rows, general: str) -> None:
         """Generate the sample answers, draw the curve, complete run.json and say where everything is."""
@@ -167,16 +238,6 @@ class Run:
             f"损失曲线：{self.folder / tracking.PLOT_FILE}\n"
             f"运行记录：{self.folder / tracking.RUN_FILE}"
         )
-
-    def _resume_from(self) -> Path | None:
-        if not self.settings.resume:
-            return None
-        finished = checkpoints.finished_checkpoints(self.folder)
-        if finished:
-            checkpoints.check_weights(finished[-1])
-            checkpoints.check_states(finished[-1])
-        cli.note(f"从 {finished[-1]} 继续训练" if finished else "没有可以继续的检查点，从头开始训练")
-        return finished[-1] if finished else None
 
     def _record(self, trainer: "SFTTrainer", status: str) -> None:
         state = trainer.state

@@ -7,7 +7,8 @@ import json
 from qwenmed.cli import setting
 from qwenmed.errors import UserError
 
-DATA, RUN, OPTIMISATION, EVALUATION, TRACKING, LORA = "数据", "运行", "优化", "评估与保存", "记录", "LoRA"
+DATA, RUN, OPTIMISATION, MEMORY = "数据", "运行", "优化", "显存与速度"
+EVALUATION, TRACKING, LORA = "评估与保存", "记录", "LoRA"
 MORE_FIELDS = "其他"
 
 
@@ -47,6 +48,7 @@ class TrainSettings:
 
     output_dir: str | None = setting(None, "输出目录（默认 output/<模型名>-<方法>）", RUN)
     resume: bool = setting(False, "从输出目录里最新的完整检查点继续训练", RUN)
+    force_resume: bool = setting(False, "数据或设置与检查点不同也继续（默认列出不同之处并拒绝）", RUN)
     seed: int = setting(42, "随机种子", RUN)
     device: str = setting("auto", "设备", RUN, choices=("auto", "cuda", "mps", "cpu"))
 
@@ -64,12 +66,33 @@ class TrainSettings:
     neftune_alpha: float | None = setting(
         None, "NEFTune：训练时给词嵌入加噪声的幅度，如 5（arXiv:2310.05914）", OPTIMISATION
     )
-    packing: bool = setting(False, "把多条样本无交叉地拼进一行（更快）", OPTIMISATION)
+    packing: str = setting(
+        "auto", "把多条样本无交叉地拼进一行：auto 在 GPU 上开启", MEMORY, choices=("auto", "on", "off")
+    )
     gradient_checkpointing: str = setting(
         "auto",
-        "激活检查点（省显存、慢约三成）：auto 在 GPU 上开启、CPU 上关闭",
-        OPTIMISATION,
+        "激活检查点（省显存、慢约三成）：auto 只在放不下时用，on 每层，off 不用，数字 N 每 N 层重算一层",
+        MEMORY,
+        metavar="auto|on|off|N",
+    )
+    weights: str = setting(
+        "auto", "权重的数值类型：auto 放得下就用 fp32 主权重", MEMORY, choices=("auto", "fp32", "bf16")
+    )
+    optimizer: str = setting(
+        "auto",
+        "优化器：adamw_8bit 的状态每个一字节，bf16 权重随机舍入（需要 [quant]）；auto 放不下 adamw 时才用",
+        MEMORY,
+        choices=("auto", "adamw", "adamw_8bit"),
+    )
+    optimizer_in_backward: str = setting(
+        "auto",
+        "反向传播时就更新权重，不保留梯度：不累积、不裁剪；auto 只在别的都放不下时用",
+        MEMORY,
         choices=("auto", "on", "off"),
+    )
+    compile: bool = setting(False, "torch.compile；拼接的行补到同样长（第一步要编译几分钟）", MEMORY)
+    gpu_memory: str | None = setting(
+        None, "按这么大的显存做计划，训练时也不超过它，如 12GB（默认用这块卡空着的）", MEMORY, metavar="SIZE"
     )
 
     eval_steps: float = setting(0.1, "每多少步评估并保存一次；小于 1 时表示占总步数的比例", EVALUATION)
@@ -113,6 +136,11 @@ class TrainSettings:
         patience = self.early_stopping
         self._require("early_stopping", patience is None or patience >= 1, "至少为 1")
         self._require("early_stopping", patience is None or self.best_by == "eval_loss", "需要 --best-by eval_loss")
+        checkpointing = self.gradient_checkpointing
+        layers = checkpointing.isascii() and checkpointing.isdigit() and int(checkpointing) >= 1
+        self._require(
+            "gradient_checkpointing", checkpointing in ("auto", "on", "off") or layers, "可选 auto、on、off 或层数 N"
+        )
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "为 -1 或至少为 1")
         self._require("seed", 0 <= self.seed < 2**32, "应在 0 与 2³²-1 之间")
         for field in dataclasses.fields(self):
@@ -143,6 +171,9 @@ class LoraSettings(TrainSettings):
     target_modules: str = setting("all-linear", "加 LoRA 的层：all-linear，或用逗号分隔的层名", LORA)
     rslora: bool = setting(False, "rsLoRA：缩放用 alpha / √r，秩大时更稳（arXiv:2312.03732）", LORA)
     dora: bool = setting(False, "DoRA：方向与大小分开学，较慢（arXiv:2402.09353）", LORA)
+    quantize: bool = setting(
+        False, "QLoRA：冻结的权重用 4 位（NF4），需要 NVIDIA GPU 和 bitsandbytes（arXiv:2305.14314）", LORA
+    )
 
     def __post_init__(self) -> None:
         """Check ranges, those of LoRA as well; see TrainSettings."""

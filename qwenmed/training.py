@@ -7,21 +7,37 @@ thinking, answer and `<|im_end|>` only, no pure fp16 weights, and a checkpoint c
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
-from qwenmed import chat, checkpoints, cli, demo, files, hub, leaks, lengths, records, scenarios, sources, tracking
+from qwenmed import (
+    chat,
+    checkpoints,
+    cli,
+    demo,
+    files,
+    hub,
+    leaks,
+    lengths,
+    planning,
+    records,
+    scenarios,
+    sources,
+    tracking,
+)
 from qwenmed.errors import UserError
+from qwenmed.planner import Card, Plan
 from qwenmed.settings import LoraSettings, TrainSettings, listed
 from qwenmed.yaml_settings import Settings, load_settings, recommended
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from qwenmed.callbacks import MedicalSFTTrainer
 
 
 # Fields of SFTConfig that our own options set.
@@ -39,17 +55,24 @@ OUR_FIELDS = {
     "max_grad_norm": "--max-grad-norm",
     "max_length": "--max-length",
     "packing": "--packing",
+    "torch_compile": "--compile",
+    "pad_to_multiple_of": "--compile",
     "eval_steps": "--eval-steps",
     "save_steps": "--eval-steps",
     "save_total_limit": "--save-total-limit",
     "load_best_model_at_end": "--best-by",
     "logging_steps": "--logging-steps",
     "activation_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing_kwargs": "--gradient-checkpointing",
+    "optim_args": "--optimizer",
     "neftune_noise_alpha": "--neftune-alpha",
     "seed": "--seed",
     "data_seed": "--seed",
     "report_to": "--swanlab",
 }
+
+# The names that transformers has for ours; "8bit" is torchao's, which rounds stochastically.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
 
 # A data set in which every row has a system prompt of its own does not fill run.json with them.
 MOST_PROMPTS = 100
@@ -57,18 +80,40 @@ MOST_PROMPTS = 100
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and validation rows, and where they came from (for run.json)."""
+    """Training and validation rows, and where they came from (for run.json).
+
+    Attributes:
+        places: of the training rows: file and line.
+        longest: tokens of the longest row of both.
+    """
 
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
     val_records: list[records.Record]
     summary: dict[str, Any]
+    places: Sequence[str] = ()
+    longest: int = 0
 
 
-def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterable[str]) -> tuple[Settings, Path]:
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """What a training script was told.
+
+    Attributes:
+        model_folder: what will be trained; need not be there where only the plan is wanted.
+        only_plan: print the plan and stop.
+    """
+
+    settings: Settings
+    model_folder: Path
+    only_plan: bool
+
+
+def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterable[str]) -> Command[Settings]:
     """The merged settings of a training script, and the folder of the model it will train.
 
-    The model is looked up before the other settings, since its folder may recommend some of them.
+    The model is looked up before the other settings, since its folder may recommend some of them. A plan wants neither
+    weights nor data, so nothing is fetched for it.
 
     Args:
         prompts: the system prompts, for the tokenizer of the demo model.
@@ -78,16 +123,19 @@ def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterab
     """
     parser = cli.build_parser(prog, doc)
     parser.general.add_argument("--config", type=Path, metavar="FILE.yaml", help="从 YAML 读取设置；命令行优先")
+    parser.general.add_argument("--plan", action="store_true", help="只打印显存计划，不载入权重，不需要数据")
     cli.add_settings(parser, kind)
     given = vars(parser.parse_args())
-    config = given.pop("config")
+    config, only_plan = given.pop("config"), given.pop("plan")
     before = load_settings(kind, given, config, None)
+    if only_plan:
+        return Command(before, Path(before.model), True)
     check_files(before)
     model_folder = resolve_model(before.model, prompts)
     advised = recommended(kind, model_folder)
     if advised:
         cli.note(f"采用模型目录推荐的设置：{'，'.join(f'{name}={value}' for name, value in advised.items())}")
-    return load_settings(kind, given, config, model_folder), model_folder
+    return Command(load_settings(kind, given, config, model_folder), model_folder, False)
 
 
 def resolve_model(model: str, prompts: Iterable[str] = (), models_root: Path = Path("models")) -> Path:
@@ -164,7 +212,7 @@ def load_rows(
         UserError: a file or a row is unusable, the files stem from two preparations, or no row fits.
     """
     chat.check_template(tokenizer)
-    fitted, kept, summary = {}, {}, {}
+    fitted, kept, summary, reports = {}, {}, {}, {}
     for part, name in (("train", settings.train_file), ("val", settings.val_file)):
         path = Path(name)
         files.check_belong_together(path)
@@ -180,6 +228,7 @@ def load_rows(
             )
         # A record has a sample for each of its prompts; with one that fits it is trained on.
         left = Counter(record.place for record, _ in wanted) - Counter(report.dropped)
+        reports[part] = report
         fitted[part], kept[part] = rows, [record for record in found if left[record.place]]
         summary[part] = {
             "file": str(path),
@@ -194,7 +243,8 @@ def load_rows(
             ),
             **({"texts": leaks.fingerprints(kept[part])} if part == "train" else {}),
         }
-    return Rows(fitted["train"], fitted["val"], kept["val"], summary)
+    longest = max(max(report.lengths) for report in reports.values())
+    return Rows(fitted["train"], fitted["val"], kept["val"], summary, reports["train"].places, longest)
 
 
 def samples(
@@ -220,11 +270,8 @@ def _prompts_seen(rows: Iterable[dict[str, Any]], names: Mapping[str, str]) -> d
     return seen
 
 
-def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", autocast: str | None) -> "SFTConfig":
+def sft_config(settings: TrainSettings, folder: Path, plan: Plan, card: Card) -> "SFTConfig":
     """TRL's configuration of the run.
-
-    Args:
-        autocast: "bf16", "fp16" or None.
 
     Raises:
         UserError: a field that was handed through is unknown, has an option of its own, or an impossible value.
@@ -242,22 +289,26 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
 
     # A share of the steps stays a float: transformers turns it into steps once it knows how many there are.
     every = settings.eval_steps if settings.eval_steps < 1 else int(settings.eval_steps)
-    checkpointing = settings.gradient_checkpointing
+    packing = planning.is_packing(settings, card)
     by_loss = settings.best_by == "eval_loss"
     fields: dict[str, Any] = dict(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # A gradient that is gone as soon as it was used can be neither summed up nor clipped.
+        gradient_accumulation_steps=1 if plan.in_backward else settings.gradient_accumulation_steps,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else int(settings.warmup_steps),
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=0.0 if plan.in_backward else settings.max_grad_norm,
         max_length=settings.max_length,  # rows fit already: nothing is cut here
-        packing=settings.packing,
+        packing=packing,
+        # Packed rows of one length only: another one would be compiled for again.
+        pad_to_multiple_of=settings.max_length if settings.compile and packing else None,
+        torch_compile=settings.compile,
         completion_only_loss=True,
         eval_strategy="steps",
         eval_steps=every,
@@ -270,11 +321,17 @@ def sft_config(settings: TrainSettings, folder: Path, device: "torch.device", au
         greater_is_better=False if by_loss else None,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
-        bf16=autocast == "bf16",
-        fp16=autocast == "fp16",
-        activation_checkpointing=checkpointing == "on" or (checkpointing == "auto" and device.type == "cuda"),
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
+        bf16=plan.autocast == "bf16",
+        fp16=plan.autocast == "fp16",
+        activation_checkpointing=bool(plan.checkpoint_every),
+        activation_checkpointing_kwargs={"every_n_layers": plan.checkpoint_every, "use_reentrant": False}
+        if plan.checkpoint_every
+        else None,
+        optim=OPTIMIZERS[plan.optimizer],
+        # Rounded to the nearest, an update below 0.2 to 0.4 % of a bf16 weight would be lost every time.
+        optim_args="bf16_stochastic_round=true" if plan.optimizer == "adamw_8bit" else None,
+        use_cpu=card.kind == "cpu",
+        dataloader_pin_memory=card.kind == "cuda",
         seed=settings.seed,
         data_seed=settings.seed,
         report_to="none",
@@ -313,8 +370,12 @@ def build_trainer(
     card: dict[str, Any],
     callbacks: Iterable["TrainerCallback"] = (),
     peft_config: "LoraConfig | None" = None,
-) -> "SFTTrainer":
+    in_backward: bool = False,
+) -> "MedicalSFTTrainer":
     """TRL's trainer over the rows; each checkpoint carries `card`.
+
+    Args:
+        in_backward: update each weight within the backward pass.
 
     Raises:
         UserError: LoRA's target modules are not in the model.
@@ -340,7 +401,7 @@ def build_trainer(
                 f"模型里没有这些层：{peft_config.target_modules}", None, "请用 --target-modules all-linear"
             ) from error
         raise
-    trainer.card = card
+    trainer.card, trainer.rows, trainer.in_backward = card, rows, in_backward
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.progress_bar = ProgressBar()

@@ -86,6 +86,8 @@ def _typed(kind: type[TrainSettings], name: str, value: Any, path: Path) -> Any:
         # YAML 1.1 reads 1e-5 (no point) as text; that is no reason to turn a user away.
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
+    if plain_type is str and isinstance(value, bool):  # YAML 1.1 reads on and off as true and false
+        return "on" if value else "off"
     if type(value) is plain_type:
         return value
     expected = {int: "整数", float: "数", bool: "true 或 false", str: "文本", dict: "“名称: 值”"}[plain_type]

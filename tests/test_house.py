@@ -25,6 +25,7 @@ FLOORS = [
         "scenarios",
         "splitting",
         "pages",
+        "shapes",
     ],
     [
         "hub_clients",
@@ -32,6 +33,7 @@ FLOORS = [
         "chat",
         "lengths",
         "hardware",
+        "planner",
         "batch",
         "answers",
         "conversation",
@@ -53,6 +55,7 @@ FLOORS = [
         "scoring",
         "choices",
         "lm_tasks",
+        "not_finite",
         "callbacks",
         "engine",
         "decoding",
@@ -66,6 +69,8 @@ FLOORS = [
         "scheduler",
     ],
     [
+        "resuming",
+        "planning",
         "training",
         "engines",
         "evaluation",

@@ -10,12 +10,14 @@ import time
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
-from qwenmed import chat, checkpoints, run, training
+from qwenmed import chat, checkpoints, planner, run, shapes, training
 from qwenmed.engine import Generation
 from qwenmed.errors import UserError
 from qwenmed.records import Record
 from qwenmed.settings import LoraSettings, TrainSettings
 
+SHAPE = shapes.known("Qwen/Qwen3-0.6B")
+CPU = planner.Card("cpu", 2**40, False, "the CPU")
 RECORDS = [Record(f"第{i}个问题？", "想一想" * (i + 1), f"第{i}个回答。") for i in range(6)]
 
 
@@ -28,10 +30,12 @@ def trainer_of(demo_model, tokenizer, tmp_path):
         settings = kind(model="demo", swanlab="disabled", **options)
         rows = [chat.training_row(record, "系统") for record in RECORDS]
         model = checkpoints.load_base(demo_model, torch.float32)
-        config = training.sft_config(settings, tmp_path / "run", torch.device("cpu"), None)
+        plan, *_ = planner.plans(SHAPE, settings, CPU, 64)
+        config = training.sft_config(settings, tmp_path / "run", plan, CPU)
         adapter = training.lora_config(settings) if kind is LoraSettings else None
-        found = training.Rows(rows, rows[:2], RECORDS[:2], {})
-        return training.build_trainer(model, tokenizer, found, config, {"method": "test"}, peft_config=adapter)
+        found = training.Rows(rows, rows[:2], RECORDS[:2], {}, [f"rows:{n}" for n in range(1, 7)])
+        card = {"method": "test"}
+        return training.build_trainer(model, tokenizer, found, config, card, (), adapter, plan.in_backward)
 
     return build
 
@@ -83,10 +87,10 @@ def test_fields_of_the_trainer_are_handed_through(trainer_of):
     ],
 )
 def test_field_that_can_not_be_handed_through_is_said_before_the_model_is_loaded(tmp_path, sft, words):
-    import torch
-
+    settings = TrainSettings(sft=sft)
+    plan, *_ = planner.plans(SHAPE, settings, CPU, 64)
     with pytest.raises(UserError, match=words):
-        training.sft_config(TrainSettings(sft=sft), tmp_path, torch.device("cpu"), None)
+        training.sft_config(settings, tmp_path, plan, CPU)
 
 
 def test_training_stops_when_the_validation_loss_does_not_fall_any_more(demo_model, small_data):
@@ -122,7 +126,7 @@ def test_record_of_which_one_sample_fits_counts_as_trained_on(tokenizer, tmp_pat
 def test_packed_samples_do_not_see_each_other(trainer_of, demo_model):
     import torch
 
-    trainer = trainer_of(packing=True, max_length=2048)
+    trainer = trainer_of(packing="on", max_length=2048)
     model = checkpoints.load_base(demo_model, torch.float32).eval()
     packed = trainer.data_collator([trainer.train_dataset[0]])
     assert len(trainer.train_dataset) == 1  # six short samples in one row

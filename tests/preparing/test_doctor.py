@@ -372,24 +372,6 @@ def test_check_that_raises_is_a_finding_and_the_others_go_on():
     assert "→ 修" in text and text.endswith("✓ 1，! 0，✗ 2") and all(len(line) <= 60 for line in text.splitlines())
 
 
-def test_memory_that_is_computed_adds_up_for_qwen3():
-    from qwenmed import hardware
-
-    config = {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
-    }  # fmt: skip
-    import torch
-
-    precision = hardware.Precision(torch.float32, "bf16", "")
-    parts = hardware.training_bytes(config, 596_049_920, precision, 2048)
-    assert parts["权重"] + parts["梯度"] + parts["优化器"] == 16 * 596_049_920
-    half = hardware.Precision(torch.bfloat16, "bf16", "")
-    lora = hardware.training_bytes(config, 596_049_920, half, 2048, LoraSettings.lora_rank)
-    # Rank 16 on the seven projections of Qwen3-0.6B: 10,092,544 weights (as peft counts them).
-    assert lora["梯度"] == 4 * 10_092_544 and 1.5 < sum(lora.values()) / 2**30 < 4
-
-
 @pytest.mark.skipif(not REAL_SAMPLE.is_file(), reason=f"the real sample {REAL_SAMPLE} is not here")
 def test_real_records_are_examined(patient):
     report = examined(

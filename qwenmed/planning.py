@@ -1,0 +1,152 @@
+"""The plan of a training on this machine: the card, the tokens of a step, the candidates; see `planner`."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenmed import checkpoints, cli, demo, hardware, planner, shapes
+from qwenmed.controls import display_width
+from qwenmed.errors import UserError
+from qwenmed.planner import GIB, Card, Plan
+from qwenmed.settings import LoraSettings, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+
+def card_of(device: "torch.device", settings: TrainSettings) -> Card:
+    """The card that a training runs on, and what of it the training may take.
+
+    Raises:
+        UserError: `--gpu-memory` without a GPU.
+    """
+    free = hardware.free_memory(device)
+    if device.type == "cuda":
+        import torch
+
+        if settings.gpu_memory:
+            free = min(free, planner.memory(settings.gpu_memory) - planner.CONTEXT)
+        name = torch.cuda.get_device_properties(device).name
+        return Card("cuda", int(free * planner.SLACK), hardware.has_native_bf16(device), name)
+    if settings.gpu_memory:
+        raise UserError("--gpu-memory 需要一块 NVIDIA GPU", None, "只想看别的卡上的计划，请加 --plan")
+    return Card(device.type, int(free * planner.SLACK), False, {"cpu": "这台机器的内存"}.get(device.type, device.type))
+
+
+def cap(device: "torch.device", settings: TrainSettings) -> None:
+    """Let torch take no more of the GPU than `--gpu-memory`."""
+    if settings.gpu_memory and device.type == "cuda":
+        import torch
+
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (planner.memory(settings.gpu_memory) - planner.CONTEXT) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+def is_packing(settings: TrainSettings, card: Card) -> bool:
+    """Whether several samples share a row. On a CPU rows wait for each other anyway; nothing is won there."""
+    return settings.packing == "on" or (settings.packing == "auto" and card.kind == "cuda")
+
+
+def tokens_of(settings: TrainSettings, card: Card, longest: int | None) -> int:
+    """Tokens of one forward pass.
+
+    Args:
+        longest: tokens of the longest sample, where it is known.
+    """
+    row = settings.max_length if longest is None or is_packing(settings, card) else longest
+    return settings.batch_size * row
+
+
+def choose(
+    settings: TrainSettings, model_folder: Path, card: Card, longest: int, before: Mapping[str, Any] | None
+) -> list[Plan]:
+    """The plan of a run, and those to step down to; it is said.
+
+    Args:
+        longest: tokens of the longest sample.
+        before: what the checkpoint that is continued from says of its plan.
+
+    Raises:
+        UserError: nothing fits, or bitsandbytes is missing.
+    """
+    if isinstance(settings, LoraSettings) and settings.quantize:
+        check_quantization(card)
+    shape = shapes.of_config(checkpoints.read_config(model_folder))
+    tokens = tokens_of(settings, card, longest)
+    found = planner.choose(shape, settings, card, tokens, has_torchao())
+    if before:
+        alike = [plan for plan in found if planner.states_of(plan) == before]
+        if not alike:
+            cli.note("检查点是按另一种做法训练的，优化器的状态接不上：从零累积")
+        found = alike or found
+    cli.note(f"{card.name}：{found[0]}")
+    cli.note(
+        f"计划的峰值 {found[0].total / GIB:.2f} GiB（计算值），可用 {card.room / GIB:.1f} GiB；--plan 列出全部做法"
+    )
+    return found
+
+
+def has_torchao() -> bool:
+    """Whether torchao, and what compiles its optimizers, is installed."""
+    return importlib.util.find_spec("torchao") is not None
+
+
+def check_quantization(card: Card) -> None:
+    """Make sure that four-bit weights can be had.
+
+    Raises:
+        UserError: no NVIDIA GPU, or no bitsandbytes.
+    """
+    if card.kind != "cuda":
+        raise UserError("--quantize 需要 NVIDIA GPU", None, "请去掉 --quantize")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--quantize 需要 bitsandbytes", None, "pip install -e '.[quant]'")
+
+
+def local_folder(model: str) -> Path | None:
+    """Where a model lies already; the demo model is built and counts as there."""
+    for path in (Path(model), Path("models") / model.split("/")[-1]):
+        if path.is_dir():
+            return path
+    return Path("models") / model if model == demo.DEMO_MODEL else None
+
+
+def overview(settings: TrainSettings) -> str:
+    """What `--plan` prints: every way to train, what it needs, and which would be taken.
+
+    Raises:
+        UserError: the model is neither here nor a published Qwen3.
+    """
+    folder, shape = local_folder(settings.model), shapes.known(settings.model)
+    if folder is not None and (folder / "config.json").is_file():
+        shape = shapes.of_config(checkpoints.read_config(folder))
+    if shape is None:
+        remedy = f"可以不下载就计划的有：{'、'.join(shapes.QWEN3)}；别的请先用 download_model.py 下载"
+        raise UserError("不知道这个模型的大小", settings.model, remedy)
+    if settings.gpu_memory:
+        card = planner.imagined_card(planner.memory(settings.gpu_memory))
+    else:
+        card = card_of(hardware.pick_device(settings.device), settings)
+    tokens = tokens_of(settings, card, None)
+    chosen, why = None, ""
+    try:
+        chosen = planner.choose(shape, settings, card, tokens, torchao=True)[0]
+    except UserError as error:
+        why = str(error)
+    method = f"LoRA（r={settings.lora_rank}）" if isinstance(settings, LoraSettings) else "全参数"
+    head = (
+        f"{settings.model}，{shape.parameters / 1e9:.2f} B 参数，{method}，每步 {tokens} 个 token；"
+        f"{card.name}，可用 {card.room / GIB:.1f} GiB"
+    )
+    rows = planner.table(shape, settings, card, tokens, chosen)
+    widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, [*widths, 0], strict=True))
+        for row in rows
+    ]
+    said = f"会选：{chosen}" if chosen else why
+    if chosen and chosen.needs_torchao and not has_torchao():
+        said += "\n需要先安装 torchao：pip install -e '.[quant]'"
+    return "\n".join([head, *(line.rstrip() for line in lines), said])
