@@ -10,7 +10,7 @@
 """
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
-from qwenmed import checkpoints, cli, hardware, planning, training
+from qwenmed import checkpoints, cli, configuration, hardware, planning, training
 from qwenmed.run import Run
 from qwenmed.settings import TrainSettings
 
@@ -33,7 +33,7 @@ def main() -> None:
     plans = planning.choose(settings, model_folder, gpu, rows.longest, run.plan_before())
     card = run.begin(rows, tokenizer, device)
     for plan in run.attempts(plans):
-        config = training.sft_config(settings, folder, plan, gpu)
+        config = configuration.sft_config(settings, folder, plan, gpu)
         model = checkpoints.load_base(model_folder, plan.dtype)
         trainer = training.build_trainer(
             model, tokenizer, rows, config, card, run.callbacks(), in_backward=plan.in_backward

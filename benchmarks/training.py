@@ -179,11 +179,11 @@ def ours(shape: str, method: str, rows: list, folder: Path, steps: int, device: 
     )  # fmt: skip
     parameters = 751_632_384 if shape == "0.6B" else 0
     precision = hardware.lora_precision(device) if method == "lora" else hardware.full_precision(device, parameters)
-    config = training.sft_config(settings, folder, device, precision.autocast)
+    config = configuration.sft_config(settings, folder, device, precision.autocast)
     config.eval_strategy = config.save_strategy = "no"
     model = model_of(shape, precision.weights)
     tokenizer = checkpoints.load_tokenizer(ROOT / ".cache" / "qwen3-tokenizer")
-    adapter = training.lora_config(settings) if isinstance(settings, LoraSettings) else None
+    adapter = configuration.lora_config(settings) if isinstance(settings, LoraSettings) else None
     trainer = training.build_trainer(
         model, tokenizer, training.Rows(rows, rows[:1], [], {}), config, {}, peft_config=adapter
     )

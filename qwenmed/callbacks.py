@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -75,6 +74,17 @@ class MedicalSFTTrainer(SFTTrainer):
             raise not_finite.error(self, "梯度", self._step_inputs)
         return norm
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate.
+
+        Raises:
+            UserError: the loss is no number; the weights are not saved then.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise not_finite.error(self, "验证损失", [])
+        return metrics
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer; with `in_backward` each gradient calls it."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -90,11 +100,9 @@ class MedicalSFTTrainer(SFTTrainer):
         weight.grad = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.fresh_states:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-            self.lr_scheduler.load_state_dict(state)
+        if self.fresh_states and self.optimizer is not None:
+            self.optimizer.load_state_dict = lambda states: None  # those of another optimizer do not fit this one
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights, and beside them the card; other programs can load a full checkpoint as it is."""

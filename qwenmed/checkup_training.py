@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwenmed import (
     chat,
     checkpoints,
+    configuration,
     files,
     hardware,
     hub,
@@ -271,9 +272,9 @@ class TrainingCheckup:
         gpu, shape = self._card(), shapes.of_config(checkpoints.read_config(self._folder))
         plan, *_ = planner.choose(shape, settings, gpu, STEP_TOKENS, planning.has_torchao())
         model = checkpoints.load_base(self._folder, plan.dtype)
-        config = training.sft_config(settings, folder, plan, gpu)
+        config = configuration.sft_config(settings, folder, plan, gpu)
         config.save_strategy, config.eval_strategy, config.logging_nan_inf_filter = "no", "no", False
-        adapter = training.lora_config(settings) if isinstance(settings, LoraSettings) else None
+        adapter = configuration.lora_config(settings) if isinstance(settings, LoraSettings) else None
         data = training.Rows(wanted, wanted[:1], [], {})
         trainer = training.build_trainer(model, self._tokenizer, data, config, {}, (), adapter)
         trainer.remove_callback(trainer.progress_bar)

@@ -1,6 +1,6 @@
 """Which sample made a loss or a gradient that is no number."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwenmed import chat
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 MOST_NAMED = 8
 
 
-def error(trainer: "MedicalSFTTrainer", what: str, batches: Iterable[dict[str, Any]]) -> UserError:
+def error(trainer: "MedicalSFTTrainer", what: str, batches: Sequence[dict[str, Any]]) -> UserError:
     """What to tell the user: the step, the samples, and what to do.
 
     Args:
         what: is not finite: the loss or the gradient.
-        batches: of the step, as the model gets them.
+        batches: of the step, as the model gets them; none for an evaluation after it.
     """
     import torch
 
-    step = trainer.state.global_step + 1
+    step = trainer.state.global_step + (1 if batches else 0)
     remedy = "已有的检查点都没有动：把 --learning-rate 降到三分之一，或改正这些样本，再用 --resume 从最新的检查点继续"
     if any(not weight.isfinite().all() for weight in trainer.model.parameters()):
         return UserError(f"第 {step} 步的{what}是 NaN 或无穷大：权重里已有不是数的值", trainer.args.output_dir, remedy)
@@ -32,7 +32,7 @@ def error(trainer: "MedicalSFTTrainer", what: str, batches: Iterable[dict[str, A
         guilty = [sample for sample in found if not _loss(trainer, *sample).isfinite()] or found
     names = [place_of(trainer, ids.tolist()) for ids, _ in guilty[:MOST_NAMED]]
     where = "、".join(names) + ("等" if len(guilty) > MOST_NAMED else "")
-    return UserError(f"第 {step} 步的{what}是 NaN 或无穷大", where, remedy)
+    return UserError(f"第 {step} 步的{what}是 NaN 或无穷大", where or trainer.args.output_dir, remedy)
 
 
 def samples(batch: dict[str, Any]) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":

@@ -252,3 +252,12 @@ def merged(best, tmp_path) -> Path:
     folder.mkdir()
     merged_model.write_merged(best, folder, "fp32")
     return folder
+
+
+def cpu_config(settings, folder):
+    """The trainer's configuration for a training on a CPU that has room for everything."""
+    from qwenmed import configuration, planner, shapes
+
+    cpu = planner.Card("cpu", 2**40, False, "the CPU")
+    plan, *_ = planner.plans(shapes.known("Qwen/Qwen3-0.6B"), settings, cpu, 64)
+    return configuration.sft_config(settings, folder, plan, cpu)

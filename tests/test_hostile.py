@@ -4,6 +4,7 @@ import json
 import unicodedata
 
 import pytest
+from conftest import cpu_config
 from fakes import Instant, Parrot, spoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -133,7 +134,7 @@ def test_trainer_finds_no_control_token_in_hostile_rows(demo_model, tokenizer, t
 
     everything = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
     row = chat.training_row(Record(everything, everything, everything), everything)
-    config = training.sft_config(TrainSettings(max_steps=1), tmp_path, torch.device("cpu"), None)
+    config = cpu_config(TrainSettings(max_steps=1), tmp_path)
     trainer = training.build_trainer(
         checkpoints.load_base(demo_model, torch.float32), tokenizer, training.Rows([row], [row], [], {}), config, {}
     )

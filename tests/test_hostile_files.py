@@ -5,6 +5,7 @@ import pickle
 import shutil
 
 import pytest
+from conftest import cpu_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def resume(tmp_path_factory, demo_rows, demo_model):
     def train(folder, max_steps):
         rows = str(data / "rows.jsonl")
         wanted = TrainSettings(train_file=rows, val_file=rows, max_steps=max_steps, eval_steps=2, resume=True)
-        config = training.sft_config(wanted, folder, torch.device("cpu"), None)
+        config = cpu_config(wanted, folder)
         model = checkpoints.load_base(demo_model, weights)
         trainer = training.build_trainer(
             model, tokenizer, training.load_rows(wanted, tokenizer, "系统", {}), config, {}

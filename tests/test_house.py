@@ -71,6 +71,7 @@ FLOORS = [
     [
         "resuming",
         "planning",
+        "configuration",
         "training",
         "engines",
         "evaluation",

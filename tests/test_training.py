@@ -1,6 +1,7 @@
 """What training does to data, weights and folders."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,16 +9,14 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, cpu_config, run_script
 
-from qwenmed import chat, checkpoints, planner, run, shapes, training
+from qwenmed import chat, checkpoints, configuration, run, training
 from qwenmed.engine import Generation
 from qwenmed.errors import UserError
 from qwenmed.records import Record
 from qwenmed.settings import LoraSettings, TrainSettings
 
-SHAPE = shapes.known("Qwen/Qwen3-0.6B")
-CPU = planner.Card("cpu", 2**40, False, "the CPU")
 RECORDS = [Record(f"第{i}个问题？", "想一想" * (i + 1), f"第{i}个回答。") for i in range(6)]
 
 
@@ -30,12 +29,13 @@ def trainer_of(demo_model, tokenizer, tmp_path):
         settings = kind(model="demo", swanlab="disabled", **options)
         rows = [chat.training_row(record, "系统") for record in RECORDS]
         model = checkpoints.load_base(demo_model, torch.float32)
-        plan, *_ = planner.plans(SHAPE, settings, CPU, 64)
-        config = training.sft_config(settings, tmp_path / "run", plan, CPU)
-        adapter = training.lora_config(settings) if kind is LoraSettings else None
+        config = cpu_config(settings, tmp_path / "run")
+        adapter = configuration.lora_config(settings) if kind is LoraSettings else None
         found = training.Rows(rows, rows[:2], RECORDS[:2], {}, [f"rows:{n}" for n in range(1, 7)])
         card = {"method": "test"}
-        return training.build_trainer(model, tokenizer, found, config, card, (), adapter, plan.in_backward)
+        return training.build_trainer(
+            model, tokenizer, found, config, card, (), adapter, settings.optimizer_in_backward == "on"
+        )
 
     return build
 
@@ -87,10 +87,8 @@ def test_fields_of_the_trainer_are_handed_through(trainer_of):
     ],
 )
 def test_field_that_can_not_be_handed_through_is_said_before_the_model_is_loaded(tmp_path, sft, words):
-    settings = TrainSettings(sft=sft)
-    plan, *_ = planner.plans(SHAPE, settings, CPU, 64)
     with pytest.raises(UserError, match=words):
-        training.sft_config(settings, tmp_path, plan, CPU)
+        cpu_config(TrainSettings(sft=sft), tmp_path)
 
 
 def test_training_stops_when_the_validation_loss_does_not_fall_any_more(demo_model, small_data):
@@ -136,6 +134,64 @@ def test_packed_samples_do_not_see_each_other(trainer_of, demo_model):
         for start, end in zip(starts, [*starts[1:], None], strict=True):
             alone = model(input_ids=packed["input_ids"][:, start:end], use_cache=False).logits[0]
             torch.testing.assert_close(together[start:end][: len(alone)], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_sample_with_a_loss_that_is_no_number_is_named(trainer_of, tokenizer, packing, monkeypatch):
+    import torch
+
+    trainer = trainer_of(packing=packing, max_length=2048, batch_size=1 if packing == "on" else 6, max_steps=1)
+    guilty, _ = chat.render_sample(tokenizer, trainer.rows.train[3])
+    forward = trainer.model.forward
+
+    def broken(*args, input_ids, **kwargs):
+        """What the fourth sample goes through gives NaN."""
+        found = forward(*args, input_ids=input_ids, **kwargs)
+        needle = torch.tensor(guilty)
+        if any(
+            (window == needle).all()
+            for row in input_ids
+            for window in row.unfold(0, min(len(guilty), len(row)), 1)
+            if len(row) >= len(guilty)
+        ):
+            if isinstance(found, torch.Tensor):
+                return found * math.nan
+            found.logits = found.logits * math.nan
+        return found
+
+    monkeypatch.setattr(trainer.model, "forward", broken)
+    with pytest.raises(UserError, match=r"第 1 步的损失是 NaN 或无穷大（rows:4）"):
+        trainer.train()
+
+
+def test_gradient_that_is_no_number_names_the_samples_of_its_step(trainer_of, monkeypatch):
+    trainer = trainer_of(batch_size=2, gradient_accumulation_steps=1, max_steps=1)
+    trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(UserError, match=r"第 1 步的梯度是 NaN 或无穷大（rows:\d、rows:\d）"):
+        trainer.train()
+
+
+def test_updating_within_the_backward_pass_gives_the_same_weights_and_keeps_no_gradient(trainer_of):
+    import torch
+
+    def trained(**options):
+        trainer = trainer_of(
+            gradient_accumulation_steps=1, batch_size=2, max_steps=3, learning_rate=1e-3, max_grad_norm=1e9, **options
+        )
+        most = []
+        if options:  # count the gradients that are there at one time
+            for weight in trainer.model.parameters():
+                weight.register_post_accumulate_grad_hook(
+                    lambda _: most.append(sum(each.grad is not None for each in trainer.model.parameters()))
+                )
+        trainer.args.eval_strategy = "no"
+        trainer.train()
+        return dict(trainer.model.named_parameters()), max(most, default=0)
+
+    (plain, _), (at_once, most) = trained(), trained(optimizer_in_backward="on")
+    for name in plain:
+        torch.testing.assert_close(at_once[name], plain[name], rtol=1e-5, atol=1e-7)
+    assert most <= 1
 
 
 def test_finished_run_leaves_everything_it_promises(trained):

@@ -13,7 +13,7 @@ from conftest import REAL_SAMPLE, run_script
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS
 from qwenmed import checkup, checkup_machine, checkup_training
-from qwenmed.settings import LoraSettings, TrainSettings
+from qwenmed.settings import TrainSettings
 
 QUICK = ("--offline", "--no-steps", "--json")
 

@@ -1,0 +1,201 @@
+"""The memory plan: what it counts, what it chooses, what it says where nothing fits."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import assert_user_error, run_script
+
+from qwenmed import planner, planning, shapes
+from qwenmed.errors import UserError
+from qwenmed.planner import GIB
+from qwenmed.settings import LoraSettings, TrainSettings
+
+SMALL, MIDDLE = shapes.known("Qwen/Qwen3-0.6B"), shapes.known("Qwen/Qwen3-1.7B")
+AMPERE = planner.Card("cuda", 11 * GIB, True, "a 12 GB card")
+TURING = planner.Card("cuda", 14 * GIB, False, "a T4")
+
+
+def best(shape, settings, card, tokens=2048, torchao=True):
+    return planner.choose(shape, settings, card, tokens, torchao)[0]
+
+
+def room(gib):
+    return dataclasses.replace(AMPERE, room=int(gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+    ],
+)
+def test_parameters_of_the_published_models(model, parameters):
+    assert shapes.known(model).parameters == parameters
+
+
+def test_shape_of_a_folder_is_that_of_its_weights(demo_model):
+    from peft import LoraConfig, get_peft_model
+
+    from qwenmed import checkpoints
+
+    shape = shapes.of_config(checkpoints.read_config(demo_model))
+    assert shape.parameters == checkpoints.count_parameters(demo_model)
+    adapted = get_peft_model(
+        checkpoints.load_base(demo_model, "auto"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    assert shape.lora_parameters(4) == adapted.get_nb_trainable_parameters()[0]
+
+
+# Counted by torch's MemTracker over fake tensors, MiB (`make bench-plan`): peaks of Qwen3's shapes with 2 and 6 layers.
+@pytest.mark.parametrize(
+    ("width", "layers", "lora", "weights", "autocast", "every", "tokens", "counted"),
+    [
+        (1024, 6, False, "fp32", "bf16", 0, 2048, 5951.7),
+        (1024, 6, False, "fp32", "bf16", 0, 512, 5015.7),
+        (1024, 6, False, "fp32", "bf16", 1, 2048, 4765.8),
+        (1024, 6, False, "bf16", "bf16", 0, 2048, 3904.4),
+        (1024, 6, False, "bf16", "bf16", 1, 2048, 2990.4),
+        (1024, 6, True, "bf16", "bf16", 0, 2048, 2055.4),
+        (1024, 6, True, "bf16", "bf16", 1, 2048, 852.1),
+        (2048, 6, False, "fp32", "bf16", 0, 2048, 13259.4),
+        (2048, 6, False, "bf16", "bf16", 0, 2048, 8085.7),
+        (2048, 6, False, "bf16", "bf16", 1, 2048, 6711.8),
+        (2048, 6, True, "bf16", "bf16", 0, 2048, 3655.1),
+        (2048, 6, True, "bf16", "bf16", 1, 2048, 1817.2),
+        (2048, 2, True, "bf16", "bf16", 1, 2048, 1363.2),
+    ],
+)
+def test_plan_is_within_a_tenth_of_what_is_counted(width, layers, lora, weights, autocast, every, tokens, counted):
+    shape = dataclasses.replace(SMALL if width == 1024 else MIDDLE, layers=layers)
+    plan = planner.Plan(lora, weights, autocast, "adamw", False, every, tokens, {})
+    total = sum(planner.parts(shape, plan, AMPERE, 16 if lora else None).values())
+    assert total / 2**20 == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "card", "words"),
+    [
+        (TrainSettings(), room(40), ("fp32 权重", "AdamW", "不重算激活")),
+        (TrainSettings(), room(11), ("fp32 权重", "每层重算激活")),
+        (TrainSettings(), room(8), ("fp32 权重", "8 位 AdamW", "每层重算激活")),
+        (TrainSettings(), room(5), ("bf16 权重（随机舍入）", "8 位 AdamW", "每层重算激活")),
+        (TrainSettings(), room(3.8), ("反向传播时更新",)),
+        (TrainSettings(), TURING, ("fp32 权重", "fp16 自动混合精度")),
+        (LoraSettings(), room(40), ("bf16 冻结权重 + fp32 LoRA 权重", "不重算激活")),
+        (LoraSettings(), room(3), ("bf16 冻结权重", "每层重算激活")),
+        (LoraSettings(), TURING, ("fp32 冻结权重", "fp16")),
+        (LoraSettings(quantize=True), room(40), ("4 位（NF4）",)),
+        (TrainSettings(gradient_checkpointing="4"), room(40), ("每 4 层重算一层",)),
+        (TrainSettings(weights="bf16"), room(40), ("bf16 权重",)),
+        (TrainSettings(optimizer="adamw_8bit"), room(40), ("fp32 权重", "8 位 AdamW")),
+        (TrainSettings(), planner.Card("cpu", 2**40, False, "CPU"), ("fp32 权重，AdamW，不重算激活",)),
+    ],
+)
+def test_best_plan_that_fits_is_chosen(settings, card, words):
+    said = str(best(SMALL, settings, card))
+    assert all(word in said for word in words), said
+
+
+def test_weights_gradients_and_states_take_the_bytes_a_parameter_that_they_are_known_for():
+    def each(**options):
+        parts = best(SMALL, TrainSettings(**options), room(100)).parts
+        return (parts["权重"] + parts["梯度"] + parts["优化器"]) / SMALL.parameters
+
+    assert each() == 16
+    assert each(optimizer="adamw_8bit") == pytest.approx(10, rel=0.01)
+    assert each(weights="bf16", optimizer="adamw_8bit", optimizer_in_backward="off") == pytest.approx(6, rel=0.01)
+    assert each(weights="bf16", optimizer="adamw_8bit", optimizer_in_backward="on") == pytest.approx(4, rel=0.01)
+
+
+def test_plans_to_step_down_to_need_less_and_less():
+    for settings in (TrainSettings(), LoraSettings()):
+        totals = [plan.total for plan in planner.choose(SMALL, settings, room(40), 2048, True)]
+        assert len(totals) > 3 and totals == sorted(totals, reverse=True)
+
+
+def test_plan_without_torchao_does_without_it_or_says_how_to_get_it():
+    assert not any(plan.needs_torchao for plan in planner.choose(SMALL, TrainSettings(), room(11), 2048, False))
+    with pytest.raises(UserError, match=r"\[quant\]"):
+        planner.choose(SMALL, TrainSettings(), room(5), 2048, False)
+
+
+def test_what_fits_nowhere_says_what_would_fit():
+    with pytest.raises(UserError) as caught:
+        planner.choose(MIDDLE, TrainSettings(), room(6), 2048, True)
+    assert "放不下" in caught.value.what
+    assert "train_lora.py" in caught.value.remedy and "Qwen/Qwen3-0.6B" in caught.value.remedy
+    with pytest.raises(UserError, match="--max-length 1024"):
+        planner.choose(MIDDLE, LoraSettings(), room(4.0), 2048, True)
+
+
+def test_options_that_can_not_go_together_are_named():
+    for options in ({"weights": "bf16"}, {"optimizer_in_backward": "on"}):
+        with pytest.raises(UserError, match="bf16"):
+            planner.choose(SMALL, TrainSettings(**options), TURING, 2048, True)
+
+
+@pytest.mark.parametrize(("text", "gib"), [("12GB", 12), ("11.6GiB", 11.6), ("24", 24), (" 8 gb ", 8)])
+def test_card_sizes_as_people_write_them(text, gib):
+    assert planner.memory(text) == int(gib * GIB)
+
+
+@pytest.mark.parametrize("text", ["", "0", "12TB", "-4GB", "viel", "99999"])
+def test_what_is_no_card_size_is_refused(text):
+    with pytest.raises(UserError, match="--gpu-memory"):
+        planner.memory(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu-memory", "12GB"], ["0.60 B 参数，全参数，每步 2048 个 token", "→", "会选：fp32 权重"]),
+        (["--gpu-memory", "12GB", "--model", "Qwen/Qwen3-1.7B"], ["反向传播时更新", "pip install -e '.[quant]'"]),
+        (["--gpu-memory", "8GB", "--model", "Qwen/Qwen3-8B"], ["放不下", "Qwen/Qwen3-"]),
+    ],
+)
+def test_plan_is_printed_with_neither_weights_nor_data(tmp_path, arguments, words):
+    done = run_script("train.py", "--plan", *arguments, cwd=tmp_path)
+    assert done.status == 0 and all(word in done.out for word in words), done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_of_lora_and_of_a_folder(tmp_path, demo_model):
+    done = run_script("train_lora.py", "--plan", "--model", str(demo_model), "--gpu-memory", "4GB", cwd=tmp_path)
+    assert done.status == 0 and "LoRA（r=16）" in done.out and "会选：" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plan", "--model", "nobody/knows"], "不知道这个模型的大小"),
+        (["--plan", "--gpu-memory", "much"], "--gpu-memory"),
+        (["--gradient-checkpointing", "sometimes"], "--gradient-checkpointing"),
+    ],
+)
+def test_bad_plans_give_one_line(tmp_path, arguments, words):
+    assert_user_error(run_script("train.py", *arguments, cwd=tmp_path), words)
+
+
+def test_memory_of_an_imagined_card_can_not_be_trained_on(small_data, demo_model):
+    done = run_script("train.py", "--model", str(demo_model), "--gpu-memory", "12GB", cwd=small_data)
+    assert_user_error(done, "--gpu-memory")
+
+
+def test_packing_is_on_where_there_is_a_gpu():
+    assert planning.is_packing(TrainSettings(), AMPERE) and not planning.is_packing(
+        TrainSettings(packing="off"), AMPERE
+    )
+    cpu = planner.Card("cpu", GIB, False, "")
+    assert not planning.is_packing(TrainSettings(), cpu) and planning.is_packing(TrainSettings(packing="on"), cpu)
+    assert planning.tokens_of(TrainSettings(), cpu, 700) == 700
+    assert planning.tokens_of(TrainSettings(batch_size=2), AMPERE, 700) == 4096
+
+
+def test_run_records_its_plan_and_what_it_took(trained):
+    run = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))
+    assert run["plan"]["weights"] == "fp32" and sum(run["plan"]["parts"].values()) > 0
+    assert run["memory"]["planned_gib"] > 0 and run["memory"]["first_step_gib"]["resident"] > 0
