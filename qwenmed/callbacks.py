@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-from qwenmed import checkpoints, cli, hardware, head, merged_model, not_finite
+from qwenmed import checkpoints, cli, hardware, head, merged_model, not_finite, processes
 
 
 class MedicalSFTTrainer(SFTTrainer):
@@ -113,6 +114,14 @@ class MedicalSFTTrainer(SFTTrainer):
                 merged_model.mend_config(folder / "config.json")
             checkpoints.write_card(folder, self.card)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        inner = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None and inner.config.tie_word_embeddings:
+            # Gathered from several processes, a shared weight comes twice and would be stored so.
+            twice = getattr(inner, "_tied_weights_keys", None) or {}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in twice}
+        super()._save(output_dir, state_dict)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card advertises a hub upload; `checkpoint.json` and `run.json` say more."""
 
@@ -179,6 +188,15 @@ class FirstStep(TrainerCallback):
 _PEAKS = {"gpu_allocated": "分配", "gpu_reserved": "保留", "resident": "常驻内存"}
 
 
+def _of_any(received: int | None, device: torch.device) -> int | None:
+    """The signal that any of the processes got."""
+    if processes.count() == 1:
+        return received
+    highest = torch.tensor(received or 0, device=device)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    return int(highest) or None
+
+
 class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM end the training after the step in hand, with a checkpoint.
 
@@ -198,7 +216,8 @@ class StopOnSignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end."""
+        """Ask for a checkpoint and the end; of several processes all together, in the same step."""
+        self.received = _of_any(self.received, args.device)
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 

@@ -15,6 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Collection, Sequence
 
+from qwenmed import processes
 from qwenmed.controls import printable
 from qwenmed.errors import UserError
 
@@ -255,8 +256,9 @@ def _guarded(main: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str) -> int:
+    which = "" if processes.is_first() else f"[进程 {processes.number()}] "
     with contextlib.suppress(OSError):
-        print(printable(f"错误：{message}"), file=sys.stderr)  # noqa: T201
+        print(printable(f"{which}错误：{message}"), file=sys.stderr)  # noqa: T201
     return EXIT_USER_ERROR
 
 
@@ -287,4 +289,5 @@ def _raise_terminated(signum: int, frame: object) -> None:
 
 def note(message: str) -> None:
     """Say a decision or a step, once, on stderr (stdout is for results)."""
-    print(printable(message), file=sys.stderr, flush=True)  # noqa: T201
+    if processes.is_first():
+        print(printable(message), file=sys.stderr, flush=True)  # noqa: T201

@@ -110,6 +110,7 @@ def sft_config(settings: TrainSettings, folder: Path, plan: Plan, card: Card) ->
         # Rounded to the nearest, an update below 0.2 to 0.4 % of a bf16 weight would be lost every time.
         optim_args="bf16_stochastic_round=true" if plan.optimizer == "adamw_8bit" else None,
         use_cpu=card.kind == "cpu",
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=card.kind == "cuda",
         seed=settings.seed,
         data_seed=settings.seed,

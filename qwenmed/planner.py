@@ -69,12 +69,14 @@ class Card:
         room: bytes that a training may take.
         bf16: whether it computes natively in bf16.
         name: for people.
+        shards: cards among which weights, gradients and optimizer states are split (FSDP).
     """
 
     kind: str
     room: int
     bf16: bool
     name: str
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -256,11 +258,13 @@ def parts(shape: Shape, plan: Plan, card: Card, rank: int | None) -> dict[str, i
     waiting = shape.embedding * size if rank is None else 0
     comes_and_goes = max(head, (waiting + _BACKWARD * layer + casts) if again else 0)
     embeddings = (2 if shape.tied else 1) * shape.embedding * size if rank is None else 0
+    gathered = (2 * shape.linear_parameters + shape.embedding) * size
     # The embeddings' gradient is the last: by then no activation is left.
     return {
-        "权重": int(kept),
-        "梯度": int(gradients),
-        "优化器": int(2 * trained * state),
+        # A sharded layer is gathered before its turn, the next one meanwhile; the embeddings stay gathered.
+        "权重": int(kept / card.shards + (gathered if card.shards > 1 else 0)),
+        "梯度": int(gradients / card.shards),
+        "优化器": int(2 * trained * state / card.shards),
         "激活": int(activations),
         "输出层": int(max(comes_and_goes, embeddings - activations)),
         **({"程序": PROCESS} if card.kind != "cuda" else {}),

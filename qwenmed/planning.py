@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import checkpoints, cli, demo, hardware, planner, shapes
+from qwenmed import checkpoints, cli, demo, hardware, planner, processes, shapes
 from qwenmed.controls import display_width
 from qwenmed.errors import UserError
 from qwenmed.planner import GIB, Card, Plan
@@ -28,10 +28,11 @@ def card_of(device: "torch.device", settings: TrainSettings) -> Card:
         if settings.gpu_memory:
             free = min(free, planner.memory(settings.gpu_memory) - planner.CONTEXT)
         name = torch.cuda.get_device_properties(device).name
-        return Card("cuda", int(free * planner.SLACK), hardware.has_native_bf16(device), name)
+        return Card("cuda", int(free * planner.SLACK), hardware.has_native_bf16(device), name, processes.shards())
     if settings.gpu_memory:
         raise UserError("--gpu-memory 需要一块 NVIDIA GPU", None, "只想看别的卡上的计划，请加 --plan")
-    return Card(device.type, int(free * planner.SLACK), False, {"cpu": "这台机器的内存"}.get(device.type, device.type))
+    name = {"cpu": "这台机器的内存"}.get(device.type, device.type)
+    return Card(device.type, int(free * planner.SLACK / processes.count()), False, name, processes.shards())
 
 
 def cap(device: "torch.device", settings: TrainSettings) -> None:
@@ -81,6 +82,7 @@ def choose(
         if not alike:
             cli.note("检查点是按另一种做法训练的，优化器的状态接不上：从零累积")
         found = alike or found
+    found = processes.agree(found)
     cli.note(f"{card.name}：{found[0]}")
     cli.note(
         f"计划的峰值 {found[0].total / GIB:.2f} GiB（计算值），可用 {card.room / GIB:.1f} GiB；--plan 列出全部做法"

@@ -18,6 +18,7 @@ from qwenmed import (
     measures,
     planner,
     plots,
+    processes,
     records,
     resuming,
     scoring,
@@ -56,7 +57,7 @@ class Run:
 
     def __init__(self, settings: TrainSettings, folder: Path, method: str, model_folder: Path) -> None:
         self.settings, self.folder, self.method, self.model_folder = settings, folder, method, model_folder
-        self._lock = files.hold(folder, "训练")
+        self._lock = files.hold(folder, "训练") if processes.is_first() else None
         self.file = tracking.RunFile(folder)
         self.tracker = tracking.Tracker(cli.note)
         self.stop: StopOnSignal | None = None
@@ -70,12 +71,6 @@ class Run:
         Raises:
             UserError: `--resume`, but the checkpoint is of other data or settings.
         """
-        previous = self.file.previous() if self.settings.resume else {}
-        mode = tracking.swanlab_mode(self.settings.swanlab)
-        name = self.folder.name
-        self.tracker.start(
-            mode, self.folder / "swanlog", name, asdict(self.settings), previous.get("swanlab", {}).get("id")
-        )
         card = {
             "method": self.method,
             "base_model": str(self.model_folder),
@@ -89,6 +84,12 @@ class Run:
         }
         if checkpoint := self.checkpoint():
             resuming.check_same(checkpoints.read_card(checkpoint), card, checkpoint, self.settings)
+        previous = self.file.previous() if self.settings.resume else {}
+        mode = tracking.swanlab_mode(self.settings.swanlab)
+        name = self.folder.name
+        self.tracker.start(
+            mode, self.folder / "swanlog", name, asdict(self.settings), previous.get("swanlab", {}).get("id")
+        )
         self.file.update(
             status="running",
             started=tracking.now(),
@@ -156,7 +157,10 @@ class Run:
             hardware.keep_freed_memory()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if processes.count() > 1:  # the others wait for this one and can't step down with it
+                remedy = "请加 --gradient-checkpointing on，或用 configs/fsdp2.yaml 分片；已完成的检查点可以 --resume"
+                raise UserError("显存不足", self.folder, remedy) from error
             self._out_of_memory = True
         except pickle.UnpicklingError as error:  # the states are loaded with weights_only, which runs no code
             remedy = "它可能损坏或被改动过：删除这个检查点后用 --resume 从前一个继续"
@@ -207,7 +211,9 @@ class Run:
         from qwenmed.engine_transformers import TransformersEngine
 
         self._record(trainer, "finished")
-        model, bootstrap = _ready_to_generate(trainer.model), Bootstrap(self.settings.seed)
+        if not processes.is_first():
+            return
+        model, bootstrap = self._best_model(trainer), Bootstrap(self.settings.seed)
         cli.note(f"用最佳检查点计算 {len(rows.val)} 个验证样本的困惑度 …")
         scored = scoring.score_references(model, (scoring.reference(tokenizer, row) for row in rows.val))
         found = measures.samples(evaluation.PERPLEXITY, [asdict(score) for score in scored])
@@ -239,11 +245,19 @@ class Run:
             f"运行记录：{self.folder / tracking.RUN_FILE}"
         )
 
+    def _best_model(self, trainer: "SFTTrainer") -> "PreTrainedModel":
+        """The best checkpoint's model; where each process holds a part of it only, read from the disk."""
+        if processes.shards() > 1:
+            best = checkpoints.describe(checkpoints.run_checkpoint(self.folder, "best"), self.model_folder)
+            return checkpoints.load(best, "auto")[0]
+        return _ready_to_generate(trainer.accelerator.unwrap_model(trainer.model))
+
     def _record(self, trainer: "SFTTrainer", status: str) -> None:
         state = trainer.state
         losses = [entry for entry in state.log_history if "loss" in entry]
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-        plots.write(self.folder / tracking.PLOT_FILE, plots.losses({self.folder.name: state.log_history}))
+        if processes.is_first():
+            plots.write(self.folder / tracking.PLOT_FILE, plots.losses({self.folder.name: state.log_history}))
         self.file.update(
             status=status,
             ended=tracking.now(),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwenmed import files
+from qwenmed import files, processes
 
 RUN_FILE = "run.json"
 PLOT_FILE = "loss.png"
@@ -41,9 +41,10 @@ class RunFile:
         return found if isinstance(found, dict) else {}
 
     def update(self, **entries: Any) -> None:
-        """Add entries and write the file."""
+        """Add entries and write the file; of several processes the first one does."""
         self.content |= entries
-        files.write_json(self.path, self.content)
+        if processes.is_first():
+            files.write_json(self.path, self.content)
 
 
 def now() -> str:
@@ -91,7 +92,7 @@ class Tracker:
 
     def start(self, mode: str, log_dir: Path, name: str, config: dict[str, Any], run_id: str | None) -> None:
         """Begin the experiment, or continue `run_id`."""
-        if mode == "disabled":
+        if mode == "disabled" or not processes.is_first():
             return
         self._active = True
         self.guarded(self._init, mode, log_dir, name, config, run_id)

@@ -19,6 +19,7 @@ from qwenmed import (
     hub,
     leaks,
     lengths,
+    processes,
     records,
     scenarios,
     sources,
@@ -93,7 +94,8 @@ def read_command_line(prog: str, doc: str, kind: type[Settings], prompts: Iterab
     if only_plan:
         return Command(before, Path(before.model), True)
     check_files(before)
-    model_folder = resolve_model(before.model, prompts)
+    with processes.first_goes_first():
+        model_folder = resolve_model(before.model, prompts)
     advised = recommended(kind, model_folder)
     if advised:
         cli.note(f"采用模型目录推荐的设置：{'，'.join(f'{name}={value}' for name, value in advised.items())}")
