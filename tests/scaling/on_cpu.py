@@ -2,10 +2,11 @@
 
     accelerate launch --config_file configs/fsdp2.yaml tests/scaling/on_cpu.py train.py …
 
-accelerate is told that the processes are GPU processes whose device happens to be the CPU, and whose backend is gloo.
+accelerate is told that sharded processes are GPU processes whose device happens to be the CPU, and whose backend is gloo.
 Everything behind that is what runs on GPUs: torch's fully_shard, the gathering of checkpoints, the trainer.
 """
 
+import os
 import runpy
 import sys
 
@@ -15,7 +16,8 @@ from accelerate.utils import DistributedType
 
 
 def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
-    return "gloo", DistributedType.MULTI_GPU
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
 
 
 def set_device(self):
