@@ -3,6 +3,7 @@
 # make test-faults 故障注入：kill -9、损坏的文件、磁盘满、只读目录（约 8 分钟）
 # make test-exports 导出：Qwen3-0.6B 的形状、真正的词表、llama.cpp（约 10 分钟；第一次要编译 llama.cpp，再加约 10 分钟）
 # make test-data 数据与体检：一万行损坏的数据、近似重复、预先埋好的毛病（约 3 分钟）
+# make test-scaling 训练：两个进程、续训、显存不足、8 位优化器（约 6 分钟）
 # make test-serve 服务：API、并发、密钥、schemathesis、Chromium 里的网页（约 4 分钟）
 # make notebook 重新执行 train.ipynb，结果写回其中（5 到 10 分钟）
 # make test-notebook 在临时目录里离线执行一份 train.ipynb（5 到 10 分钟）
@@ -12,6 +13,8 @@
 # make bench-export 导出的时间与内存，与 llama.cpp 自己的转换器比（约 9 分钟）
 # make bench-data   一百万条记录的数据准备：时间与内存（约 25 分钟）
 # make bench-train  训练的速度和内存，与原教程的做法比（约 20 分钟）
+# make bench-plan   显存计划与逐个操作数出来的相比（约 8 分钟）
+# make bench-levers 训练的每一种省法，逐个量（约 3 分钟）
 # make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
 # make lint   代码检查：ruff 与 mypy
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
@@ -23,7 +26,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train bench-plan bench-levers test-scaling lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -47,6 +50,14 @@ $(VENV)/.ready-gguf: $(VENV)/.ready-dev
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --find-links $(WHEELS) --wheel-dir $(WHEELS) \
 	  $$(sed -n 's/^gguf = \["\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 	$(PY) -m pip install --quiet --disable-pip-version-check --find-links $(WHEELS) -e '.[gguf]'
+	touch $@
+
+# torchao 另放一处：装进环境里，每个脚本启动都要多等半秒。
+QUANT := .cache/quant
+
+$(QUANT)/.ready: $(VENV)/.ready pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(QUANT) \
+	  $$(sed -n 's/^quant = \["\(torchao==[0-9.]*\)".*/\1/p' pyproject.toml)
 	touch $@
 
 # 在 demo_run/ 里运行，不碰你自己的 train.jsonl、models/ 和 output/。
@@ -81,7 +92,7 @@ SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving \
-	  --ignore tests/notebook --ignore tests/preparing --ignore tests/readme
+	  --ignore tests/notebook --ignore tests/preparing --ignore tests/readme --ignore tests/scaling
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。
 test-faults: $(VENV)/.ready-dev
@@ -96,6 +107,10 @@ test-exports: $(VENV)/.ready-gguf
 # data.py 和 doctor.py：一万行损坏的数据、二十七种预先埋好的毛病。
 test-data: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/preparing
+
+# 两个进程、逐位相同的续训、8 位优化器。一个测试自己就占两个核，所以一条接一条。
+test-scaling: $(VENV)/.ready-dev $(QUANT)/.ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/scaling
 
 # API 与网页（网页需要 Chromium）。
 test-serve: $(VENV)/.ready-dev
@@ -132,6 +147,14 @@ bench-serve: $(VENV)/.ready-dev
 # 需要 Qwen3 的分词器（测试会建好）；有 GPU 时在 GPU 上测。
 bench-train: $(VENV)/.ready-dev
 	$(PY) benchmarks/training.py
+
+# 需要 ../shared/data 里的真实样本。
+bench-levers: $(VENV)/.ready-dev $(QUANT)/.ready
+	$(PY) benchmarks/levers.py
+
+# 不需要 GPU，也不载入权重。
+bench-plan: $(VENV)/.ready-dev
+	$(PY) benchmarks/plan.py
 
 # 需要 ../shared/data 里的真实样本，和 15 GB 磁盘。
 bench-data: $(VENV)/.ready-dev

@@ -91,8 +91,11 @@ def choose(
 
 
 def has_torchao() -> bool:
-    """Whether torchao, and what compiles its optimizers, is installed."""
-    return importlib.util.find_spec("torchao") is not None
+    """Whether torchao is installed, and on a GPU machine Triton, by which its optimizers compile themselves."""
+    import torch
+
+    needed = ["torchao", "triton"] if torch.cuda.is_available() else ["torchao"]
+    return all(importlib.util.find_spec(name) for name in needed)
 
 
 def check_quantization(card: Card) -> None:
