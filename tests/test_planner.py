@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_script
 
 from qwenmed import planner, planning, shapes
 from qwenmed.errors import UserError
@@ -199,3 +199,30 @@ def test_run_records_its_plan_and_what_it_took(trained):
     run = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))
     assert run["plan"]["weights"] == "fp32" and sum(run["plan"]["parts"].values()) > 0
     assert run["memory"]["planned_gib"] > 0 and run["memory"]["first_step_gib"]["resident"] > 0
+
+
+WORDS = {
+    "README.md": ("fp32", "fp32 + 8 位", "bf16 + 8 位", "反向时更新", "–"),
+    "README_EN.md": ("fp32", "fp32 + 8-bit", "bf16 + 8-bit", "in backward", "–"),
+}
+
+
+@pytest.mark.parametrize("readme", sorted(WORDS))
+def test_table_of_cards_in_the_readme_is_what_the_planner_says(readme):
+    plain, fp32_8bit, bf16_8bit, in_backward, none = WORDS[readme]
+
+    def cell(shape, settings, card):
+        try:
+            plan = best(shape, settings, card)
+        except UserError:
+            return none
+        kind = fp32_8bit if plan.weights == "fp32" else in_backward if plan.in_backward else bf16_8bit
+        peak = f"{plan.total / GIB:.1f}"
+        return peak if plan.lora else f"{peak} {kind if plan.needs_torchao else plain}"
+
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for size in (8, 12, 16, 24):
+        card = planner.imagined_card(size * GIB)
+        cells = [cell(shape, kind(), card) for shape in (SMALL, MIDDLE) for kind in (TrainSettings, LoraSettings)]
+        row = f"| {size} GB | {' | '.join(cells)} |"
+        assert row in text, f"the row should read: {row}"

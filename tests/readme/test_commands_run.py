@@ -159,6 +159,9 @@ class Reader:
         return out.rstrip().splitlines()[-1]
 
     def after_train(self, bare: str, out: str) -> str:
+        if "--plan" in bare:
+            assert "→" in out and "会选：" in out, out
+            return out.strip().splitlines()[-1]
         run = json.loads(self.file("output/*/run.json").read_text(encoding="utf-8"))
         folder = self.file("output/*/run.json").parent
         assert run["status"] == "finished"
