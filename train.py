@@ -3,9 +3,10 @@
     python train.py                                  # 用 train.jsonl / val.jsonl 微调 Qwen3-0.6B
     python train.py --model demo                     # 内置演示模型，CPU 上几分钟
     python train.py --config configs/full.yaml --learning-rate 2e-5
+    python train.py --plan --gpu-memory 12GB         # 只看各种做法要多少显存，会选哪个
     python train.py --resume                         # 从最新的完整检查点继续
 
-全部参数都参加训练：权重、梯度和 AdamW 的两个矩共 16 字节/参数（fp32）。显存不够时请用 train_lora.py。
+全部参数都参加训练。开始前按空着的显存选做法：fp32 主权重和 AdamW（16 字节/参数），放不下时一步步换更省的（最省 4）。
 结果写在 output/<模型名>-full/：检查点、run.json、loss.png、samples.jsonl、swanlog/。
 """
 
@@ -34,7 +35,7 @@ def main() -> None:
     card = run.begin(rows, tokenizer, device)
     for plan in run.attempts(plans):
         config = configuration.sft_config(settings, folder, plan, gpu)
-        model = checkpoints.load_base(model_folder, plan.dtype)
+        model = checkpoints.load_base(model_folder, plan.dtype, settings.attention)
         trainer = training.build_trainer(
             model, tokenizer, rows, config, card, run.callbacks(), in_backward=plan.in_backward
         )

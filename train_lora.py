@@ -3,6 +3,7 @@
     python train_lora.py                             # 用 train.jsonl / val.jsonl 微调 Qwen3-0.6B
     python train_lora.py --model output/demo-full    # 在全参数微调的最佳检查点上继续
     python train_lora.py --lora-rank 32 --lora-alpha 64
+    python train_lora.py --plan --gpu-memory 8GB     # 只看各种做法要多少显存，会选哪个
     python train_lora.py --resume                    # 从最新的完整检查点继续
 
 原模型冻结（有 bf16 的 GPU 上为 bf16），只训练加在七个线性层上的低秩矩阵；学习率比全参数微调大一个数量级。
@@ -34,7 +35,7 @@ def main() -> None:
     card = run.begin(rows, tokenizer, device)
     for plan in run.attempts(plans):
         config = configuration.sft_config(settings, folder, plan, gpu)
-        model = checkpoints.load_base(model_folder, plan.dtype, four_bit=plan.weights == "nf4")
+        model = checkpoints.load_base(model_folder, plan.dtype, settings.attention, four_bit=plan.weights == "nf4")
         adapter = configuration.lora_config(settings)
         trainer = training.build_trainer(model, tokenizer, rows, config, card, run.callbacks(), adapter)
         run.train(trainer)

@@ -223,8 +223,13 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back, once; a training that fails never comes to `on_train_end`."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous.clear()
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:

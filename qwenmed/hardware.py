@@ -144,6 +144,13 @@ def free_memory(device: "torch.device") -> int:
     return psutil.virtual_memory().available
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no room for a tensor: on a GPU an error of its own, on a CPU a RuntimeError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the kernel at once.
 

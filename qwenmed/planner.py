@@ -8,7 +8,7 @@ the shapes of Qwen3-0.6B and 1.7B (`make bench-plan` counts again and writes the
 Not in the figures: what the allocator loses between blocks (`SLACK`), and the CUDA context (`CONTEXT`).
 
 No plan has pure fp16 weights: AdamW gives NaN in one step (Qwen3#670). GPUs without native bf16 train fp32 weights under
-fp16 mixed precision; the CPU trains in fp32.
+fp16 mixed precision; a CPU trains in fp32, or in bf16 mixed precision where that is clearly faster (few are).
 
 Plans are tried in the order in which they cost quality or time: fp32 master weights before bf16 ones, plain AdamW
 before 8-bit states, fewer checkpointed layers before more, updating within the backward pass last, because it gives up
@@ -36,6 +36,8 @@ CONTEXT = 600 * 2**20
 PROCESS = 800 * 2**20
 # The share of the memory that a plan may fill: the allocator's blocks never fit without gaps.
 SLACK = 0.95
+# A computed figure may be a tenth off: what is so little too large is tried all the same.
+NEARLY = 1.1
 # Columns of the vocabulary that TRL's output layer scores at a time (trl.trainer.utils), and at most so many rows.
 HEAD_COLUMNS, HEAD_MOST_ROWS = 32_768, 4096
 # torchao quantises states in blocks of 256 with a scale each.
@@ -187,13 +189,15 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
         torchao: whether it is installed.
 
     Raises:
-        UserError: none fits; what would is said.
+        UserError: none fits, nor nearly; what would is said.
     """
     found = plans(shape, settings, card, tokens)
     usable = [plan for plan in found if torchao or not plan.needs_torchao]
     fitting = next((plan for plan in usable if plan.total <= card.room), None)
     if fitting is None:
         least = min(usable or found, key=lambda plan: plan.total)
+        if least in usable and least.total <= card.room * NEARLY:
+            return [least]
         what = f"{card.name}放不下：需要 {least.total / GIB:.1f} GiB（计算值），可用 {card.room / GIB:.1f} GiB"
         remedies = []
         if any(plan.total <= card.room for plan in found):
@@ -308,13 +312,13 @@ def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen
 def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool]]:
     """(weights, optimizer, whether within the backward pass), as far as the settings leave them open; best first."""
     if isinstance(settings, LoraSettings):
-        weights = "nf4" if settings.quantize else "bf16" if card.bf16 else "fp32"
+        half = settings.weights == "bf16" or (settings.weights == "auto" and card.bf16)
+        weights = "nf4" if settings.quantize else "bf16" if half else "fp32"
         found = [(weights, "adamw", False), (weights, "adamw_8bit", False)]
     else:
         found = [("fp32", "adamw", False), ("fp32", "adamw_8bit", False)]
         if card.bf16:
             found += [("bf16", "adamw", False), ("bf16", "adamw_8bit", False), ("bf16", "adamw_8bit", True)]
-    asked = settings.optimizer != "auto" or settings.weights != "auto"
     for weights, optimizer, in_backward in found:
         if settings.weights not in ("auto", weights) and not isinstance(settings, LoraSettings):
             continue
@@ -324,7 +328,7 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
         lora = isinstance(settings, LoraSettings)
         idle = optimizer == "adamw_8bit" and (lora or card.kind != "cuda")
         lossy = (weights, optimizer) == ("bf16", "adamw") and not lora
-        if not asked and (idle or lossy):
+        if settings.optimizer == "auto" and (idle or lossy):
             continue
         if settings.optimizer_in_backward == "on":
             if _autocast(card) != "fp16":  # the scaling of fp16 gradients wants them all at once
@@ -339,9 +343,9 @@ def _every(settings: TrainSettings) -> Iterable[int]:
 
 
 def _autocast(card: Card) -> str | None:
-    if card.kind != "cuda":
-        return None
-    return "bf16" if card.bf16 else "fp16"
+    if card.bf16:
+        return "bf16"
+    return "fp16" if card.kind == "cuda" else None
 
 
 def _rank(settings: TrainSettings) -> int | None:

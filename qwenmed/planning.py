@@ -1,5 +1,6 @@
 """The plan of a training on this machine: the card, the tokens of a step, the candidates; see `planner`."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from qwenmed.controls import display_width
 from qwenmed.errors import UserError
 from qwenmed.planner import GIB, Card, Plan
 from qwenmed.settings import LoraSettings, TrainSettings
+from qwenmed.shapes import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +78,7 @@ def choose(
         check_quantization(card)
     shape = shapes.of_config(checkpoints.read_config(model_folder))
     tokens = tokens_of(settings, card, longest)
+    card = with_faster_type(card, shape, tokens)
     found = planner.choose(shape, settings, card, tokens, has_torchao())
     if before:
         alike = [plan for plan in found if planner.states_of(plan) == before]
@@ -87,7 +90,24 @@ def choose(
     cli.note(
         f"计划的峰值 {found[0].total / GIB:.2f} GiB（计算值），可用 {card.room / GIB:.1f} GiB；--plan 列出全部做法"
     )
+    if found[0].total > card.room:
+        cli.note("计划的比可用的多一点；计算值会有一成的误差，先试试，真的放不下会停下来")
     return found
+
+
+def with_faster_type(card: Card, shape: Shape, tokens: int) -> Card:
+    """The card, with bf16 switched on for a CPU that computes clearly faster in it; measured, about a second."""
+    if card.kind != "cpu" or shape.parameters < hardware.SMALL_MODEL:
+        return card
+    import torch
+
+    dtype, factor = hardware.faster_cpu_dtype(min(tokens, MEASURED_ROWS), shape.width, shape.inner)
+    cli.note(f"CPU 上量过：bf16 的速度是 fp32 的 {factor:.2f} 倍")
+    return dataclasses.replace(card, bf16=dtype == torch.bfloat16)
+
+
+# Enough rows for a CPU to compute rather than to wait for memory, as in training.
+MEASURED_ROWS = 256
 
 
 def has_torchao() -> bool:

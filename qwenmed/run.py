@@ -140,8 +140,6 @@ class Run:
             KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
             UserError: the disk is full, or a loss is no number.
         """
-        import torch
-
         plan = planner.states_of(self._plan)
         trainer.card = trainer.card | {"plan": plan}
         self.file.update(plan={**plan, "parts": self._plan.parts if self._plan else {}})
@@ -157,22 +155,22 @@ class Run:
             hardware.keep_freed_memory()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            if processes.count() > 1:  # the others wait for this one and can't step down with it
-                remedy = "请加 --gradient-checkpointing on，或用 configs/fsdp2.yaml 分片；已完成的检查点可以 --resume"
-                raise UserError("显存不足", self.folder, remedy) from error
-            self._out_of_memory = True
         except pickle.UnpicklingError as error:  # the states are loaded with weights_only, which runs no code
             remedy = "它可能损坏或被改动过：删除这个检查点后用 --resume 从前一个继续"
             raise UserError("优化器、调度器或随机数的状态不是纯数据，没有载入", checkpoint, remedy) from error
         except Exception as error:
-            if not files.is_disk_full(error, self.folder):
+            if hardware.is_out_of_memory(error):
+                self._note_out_of_memory(error)
+            elif files.is_disk_full(error, self.folder):
+                checkpoints.remove_unfinished(self.folder)
+                remedy = "已完成的检查点都在；清理磁盘后用 --resume 继续，或用 --output-dir 换一个目录重新训练"
+                raise UserError("磁盘空间已满，检查点没有存下", self.folder, remedy) from error
+            else:
                 raise
-            checkpoints.remove_unfinished(self.folder)
-            remedy = "已完成的检查点都在；清理磁盘后用 --resume 继续，或用 --output-dir 换一个目录重新训练"
-            raise UserError("磁盘空间已满，检查点没有存下", self.folder, remedy) from error
         finally:
             trainer.progress_bar.close()
+            if self.stop:
+                self.stop.release()
             self._trainer = trainer
         if self.stop and self.stop.received is not None:
             self._record(trainer, "interrupted")
@@ -190,6 +188,12 @@ class Run:
         """What the checkpoint that is continued from says of its plan; empty where there is none."""
         checkpoint = self.checkpoint()
         return checkpoints.read_card(checkpoint).get("plan", {}) if checkpoint else {}
+
+    def _note_out_of_memory(self, error: Exception) -> None:
+        if processes.count() > 1:  # the others wait for this one and can't step down with it
+            remedy = "请加 --gradient-checkpointing on，或用 configs/fsdp2.yaml 分片；已完成的检查点可以 --resume"
+            raise UserError("显存不足", self.folder, remedy) from error
+        self._out_of_memory = True
 
     def _let_go(self) -> None:
         """Free what the failed attempt holds, wherever its model is still referred to."""

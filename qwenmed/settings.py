@@ -48,7 +48,7 @@ class TrainSettings:
 
     output_dir: str | None = setting(None, "输出目录（默认 output/<模型名>-<方法>）", RUN)
     resume: bool = setting(False, "从输出目录里最新的完整检查点继续训练", RUN)
-    force_resume: bool = setting(False, "数据或设置与检查点不同也继续（默认列出不同之处并拒绝）", RUN)
+    force_resume: bool = setting(False, "继续训练，数据或设置与检查点不同也继续（--resume 会列出不同之处并拒绝）", RUN)
     seed: int = setting(42, "随机种子", RUN)
     device: str = setting("auto", "设备", RUN, choices=("auto", "cuda", "mps", "cpu"))
 
@@ -90,6 +90,12 @@ class TrainSettings:
         MEMORY,
         choices=("auto", "on", "off"),
     )
+    attention: str = setting(
+        "sdpa",
+        "注意力的实现：sdpa、flex_attention，或 kernels 包里的，如 kernels-community/flash-attn2（GPU）",
+        MEMORY,
+        metavar="NAME",
+    )
     compile: bool = setting(False, "torch.compile；拼接的行补到同样长（第一步要编译几分钟）", MEMORY)
     gpu_memory: str | None = setting(
         None, "按这么大的显存做计划，训练时也不超过它，如 12GB（默认用这块卡空着的）", MEMORY, metavar="SIZE"
@@ -115,7 +121,7 @@ class TrainSettings:
 
     sft: dict | None = setting(
         None,
-        "原样交给 TRL 的 SFTConfig（也就是 TrainingArguments）的其他字段，如 optim=adafactor torch_compile=true",
+        "原样交给 TRL 的 SFTConfig（也就是 TrainingArguments）的其他字段，如 optim=adafactor adam_beta2=0.99",
         MORE_FIELDS,
     )
 
@@ -125,6 +131,7 @@ class TrainSettings:
         Raises:
             UserError: a value is outside of its range.
         """
+        self.resume = self.resume or self.force_resume
         self._require("max_length", self.max_length >= 16, "至少为 16")
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             self._require(name, getattr(self, name) >= 1, "至少为 1")

@@ -86,7 +86,11 @@ def _typed(kind: type[TrainSettings], name: str, value: Any, path: Path) -> Any:
         # YAML 1.1 reads 1e-5 (no point) as text; that is no reason to turn a user away.
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-    if plain_type is str and isinstance(value, bool):  # YAML 1.1 reads on and off as true and false
+    meta = next(field.metadata for field in dataclasses.fields(kind) if field.name == name)
+    switch = "on" in (meta["choices"] or (meta["metavar"] or "").split("|"))
+    if switch and isinstance(value, (bool, int)):  # YAML 1.1 reads on and off as true and false
+        if not isinstance(value, bool):
+            return str(value)
         return "on" if value else "off"
     if type(value) is plain_type:
         return value

@@ -90,7 +90,9 @@ def test_plan_is_within_a_tenth_of_what_is_counted(width, layers, lora, weights,
         (LoraSettings(), TURING, ("fp32 冻结权重", "fp16")),
         (LoraSettings(quantize=True), room(40), ("4 位（NF4）",)),
         (TrainSettings(gradient_checkpointing="4"), room(40), ("每 4 层重算一层",)),
-        (TrainSettings(weights="bf16"), room(40), ("bf16 权重",)),
+        (TrainSettings(weights="bf16"), room(40), ("bf16 权重（随机舍入）", "8 位 AdamW", "不重算激活")),
+        (TrainSettings(weights="bf16", optimizer="adamw"), room(40), ("bf16 权重（小的更新会被舍入掉）", "，AdamW")),
+        (LoraSettings(weights="fp32"), room(40), ("fp32 冻结权重",)),
         (TrainSettings(optimizer="adamw_8bit"), room(40), ("fp32 权重", "8 位 AdamW")),
         (TrainSettings(), planner.Card("cpu", 2**40, False, "CPU"), ("fp32 权重，AdamW，不重算激活",)),
     ],
@@ -129,13 +131,40 @@ def test_what_fits_nowhere_says_what_would_fit():
     assert "放不下" in caught.value.what
     assert "train_lora.py" in caught.value.remedy and "Qwen/Qwen3-0.6B" in caught.value.remedy
     with pytest.raises(UserError, match="--max-length 1024"):
-        planner.choose(MIDDLE, LoraSettings(), room(4.0), 2048, True)
+        planner.choose(MIDDLE, LoraSettings(), room(4.6), 4096, True)
+
+
+def test_what_is_a_little_too_large_is_tried_all_the_same():
+    least = min(plan.total for plan in planner.plans(SMALL, LoraSettings(), AMPERE, 2048))
+    (tried,) = planner.choose(SMALL, LoraSettings(), room(least / GIB / 1.05), 2048, True)
+    assert tried.total == least
+    with pytest.raises(UserError, match="放不下"):
+        planner.choose(SMALL, LoraSettings(), room(least / GIB / 1.15), 2048, True)
 
 
 def test_options_that_can_not_go_together_are_named():
     for options in ({"weights": "bf16"}, {"optimizer_in_backward": "on"}):
         with pytest.raises(UserError, match="bf16"):
             planner.choose(SMALL, TrainSettings(**options), TURING, 2048, True)
+
+
+def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
+    import torch
+
+    from qwenmed import hardware
+
+    cpu = planner.Card("cpu", 2**40, False, "CPU")
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.bfloat16, 2.0))
+    quick = planning.with_faster_type(cpu, SMALL, 2048)
+    assert best(SMALL, TrainSettings(), quick).autocast == "bf16"
+    assert best(SMALL, TrainSettings(), quick).weights == "fp32"
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.float32, 0.5))
+    assert best(SMALL, TrainSettings(), planning.with_faster_type(cpu, SMALL, 2048)).autocast is None
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", None)  # a small model, and a GPU, are not measured
+    tiny = dataclasses.replace(SMALL, layers=1, words=1000)
+    assert (
+        planning.with_faster_type(cpu, tiny, 2048) == cpu and planning.with_faster_type(AMPERE, SMALL, 2048) == AMPERE
+    )
 
 
 @pytest.mark.parametrize(("text", "gib"), [("12GB", 12), ("11.6GiB", 11.6), ("24", 24), (" 8 gb ", 8)])

@@ -261,3 +261,17 @@ def test_early_stopping_needs_the_validation_loss():
 
 def test_fingerprint_depends_on_content_and_not_on_order():
     assert fingerprint({"a": 1, "b": "中"}) == fingerprint({"b": "中", "a": 1}) != fingerprint({"a": 2, "b": "中"})
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("packing: on", "on"), ("packing: off", "off"), ("gradient_checkpointing: 2", "2")]
+)
+def test_switches_may_be_written_as_yaml_likes_them(tmp_path, line, value):
+    name = line.partition(":")[0]
+    assert read_yaml(TrainSettings, write(tmp_path, line + "\n")) == {name: value}
+    with pytest.raises(UserError, match="model 的类型不对"):
+        read_yaml(TrainSettings, write(tmp_path, "model: on\n"))
+
+
+def test_forcing_a_resume_is_a_resume():
+    assert TrainSettings(force_resume=True).resume and not TrainSettings().resume

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -140,7 +141,9 @@ def test_run_that_runs_out_of_memory_steps_down_and_goes_on_exactly(train_here, 
 
     monkeypatch.setattr(callbacks.MedicalSFTTrainer, "training_step", greedy)
     capsys.readouterr()
+    before = signal.getsignal(signal.SIGTERM)
     run = train_here()
+    assert signal.getsignal(signal.SIGTERM) == before
     said = capsys.readouterr().err
     assert "显存不足，改用下一个计划" in said and "重算一层的激活" in said and "checkpoint-2 继续" in said
     assert losses(run) == pytest.approx(whole, rel=1e-6) and run_json(run)["status"] == "finished"
