@@ -131,7 +131,7 @@ def test_what_fits_nowhere_says_what_would_fit():
     assert "放不下" in caught.value.what
     assert "train_lora.py" in caught.value.remedy and "Qwen/Qwen3-0.6B" in caught.value.remedy
     with pytest.raises(UserError, match="--max-length 1024"):
-        planner.choose(MIDDLE, LoraSettings(), room(4.6), 4096, True)
+        planner.choose(MIDDLE, LoraSettings(), room(4.2), 4096, True)
 
 
 def test_what_is_a_little_too_large_is_tried_all_the_same():
