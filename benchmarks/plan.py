@@ -9,7 +9,7 @@ kernel, replaced here by one that takes the same blocks. A tied model's word emb
 adds them out of place, autograd in place (measured: 2.0 of their size, not 3), so that part is left out of the count
 and of the comparison where it would be the peak.
 
-Not counted, not measured: what CUDA's allocator and cuBLAS add. On a GPU every run compares by itself: "第一步之后".
+Not counted, not measured: what CUDA's allocator and cuBLAS add. On a GPU every run compares by itself: "2 步之后".
 Results: benchmarks/results/plan.json and docs/training.md.
 """
 

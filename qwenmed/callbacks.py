@@ -161,8 +161,10 @@ class ProgressBar(ProgressCallback):
         self.training_bar.set_postfix(self._shown, refresh=False)
 
 
-class FirstStep(TrainerCallback):
-    """Says after the first step what the plan was and what it took.
+class PlanAgainstMeasured(TrainerCallback):
+    """Says after two steps what the plan was and what they took.
+
+    In the first step the optimizer has no states yet while the activations are there; the peak comes in the second.
 
     Args:
         planned: bytes.
@@ -170,18 +172,29 @@ class FirstStep(TrainerCallback):
     """
 
     def __init__(self, planned: int, tell: Callable[[dict[str, Any]], None]) -> None:
-        self._planned, self._tell, self._done = planned / 2**30, tell, False
+        self._planned, self._tell, self._steps = planned / 2**30, tell, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare, once."""
-        if self._done or not state.is_world_process_zero:
+        self._steps += 1
+        if self._steps == 2:
+            self._compare(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare after a single step, if there was no second."""
+        if self._steps == 1:
+            self._compare(args, state)
+
+    def _compare(self, args: Any, state: Any) -> None:
+        if not state.is_world_process_zero:
             return
-        self._done = True
         peak = hardware.peak_memory_gib(args.device)
         measured = next(iter(peak.values()))
-        self._tell({"planned_gib": round(self._planned, 3), "first_step_gib": peak})
+        self._tell({"planned_gib": round(self._planned, 3), "measured_gib": peak, "steps": self._steps})
         listed = "，".join(f"{_PEAKS.get(name, name)} {size:.2f} GiB" for name, size in peak.items())
-        said = f"第一步之后：计划 {self._planned:.2f} GiB，实测{listed}（{measured / self._planned - 1:+.0%}）"
+        said = (
+            f"{self._steps} 步之后：计划 {self._planned:.2f} GiB，实测{listed}（{measured / self._planned - 1:+.0%}）"
+        )
         tqdm.write(said, file=sys.stderr)  # the bar makes room for it
 
 

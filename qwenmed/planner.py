@@ -278,7 +278,8 @@ def parts(shape: Shape, plan: Plan, card: Card, rank: int | None) -> dict[str, i
 def head_bytes(shape: Shape, plan: Plan, card: Card, frozen: bool) -> int:
     """Bytes that the output layer's loss takes beside the activations."""
     if card.kind != "cuda":  # head.py: torch's linear_cross_entropy
-        return 2 * min(plan.tokens, HEAD_ROWS) * shape.words * 4 + (0 if frozen else shape.embedding * 4)
+        logits = min(plan.tokens, HEAD_ROWS) * shape.words * 4
+        return logits if frozen else 2 * logits + shape.embedding * 4
     tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * 2
     cast = 2 * HEAD_COLUMNS * shape.width * 2 if plan.weights == "fp32" else 0
     gradient = 0 if frozen else shape.embedding * (4 if plan.weights == "fp32" else 4 + 2)

@@ -119,12 +119,12 @@ class Run:
 
     def callbacks(self) -> list:
         """The trainer callbacks that serve the bookkeeping."""
-        from qwenmed.callbacks import FirstStep, GuardedSwanLab, StopOnSignal
+        from qwenmed.callbacks import GuardedSwanLab, PlanAgainstMeasured, StopOnSignal
 
         self.stop = StopOnSignal()
         found = [self.stop, *([GuardedSwanLab(self.tracker)] if self.tracker.run_id else [])]
         if self._plan:
-            found.append(FirstStep(self._plan.total, lambda memory: self.file.update(memory=memory)))
+            found.append(PlanAgainstMeasured(self._plan.total, lambda memory: self.file.update(memory=memory)))
         if self.settings.early_stopping:
             from transformers import EarlyStoppingCallback
 

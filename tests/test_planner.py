@@ -227,7 +227,11 @@ def test_packing_is_on_where_there_is_a_gpu():
 def test_run_records_its_plan_and_what_it_took(trained):
     run = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))
     assert run["plan"]["weights"] == "fp32" and sum(run["plan"]["parts"].values()) > 0
-    assert run["memory"]["planned_gib"] > 0 and run["memory"]["first_step_gib"]["resident"] > 0
+    assert (
+        run["memory"]["planned_gib"] > 0
+        and run["memory"]["measured_gib"]["resident"] > 0
+        and run["memory"]["steps"] == 2
+    )
 
 
 WORDS = {
