@@ -32,6 +32,7 @@ def main() -> None:
     planning.cap(device, settings)
     gpu = planning.card_of(device, settings)
     plans = planning.choose(settings, model_folder, gpu, rows.longest, run.plan_before())
+    configuration.sft_config(settings, folder, plans[0], gpu)  # a wrong --sft ends here, before anything is written
     card = run.begin(rows, tokenizer, device)
     for plan in run.attempts(plans):
         config = configuration.sft_config(settings, folder, plan, gpu)

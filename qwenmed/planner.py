@@ -157,7 +157,8 @@ def memory(text: str) -> int:
 
 def imagined_card(size: int, bf16: bool = True) -> Card:
     """A GPU of so many bytes that need not be there."""
-    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, f"{size / GIB:.0f} GiB 的显卡")
+    kind = "有原生 bf16" if bf16 else "没有原生 bf16"
+    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, f"{size / GIB:g} GiB 的显卡（{kind}）")
 
 
 def plans(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> list[Plan]:

@@ -349,6 +349,12 @@ def test_bad_settings_give_one_line_before_any_work(small_data, arguments, words
     assert not (small_data / "output").exists()
 
 
+def test_wrong_field_of_the_trainer_leaves_no_run_behind(small_data, demo_model):
+    done = run_script("train.py", "--model", demo_model, "--sft", "optimiser=x", cwd=small_data)
+    assert_user_error(done, "optimiser", "optim")
+    assert not list((small_data / "output").rglob("run.json"))
+
+
 def test_bad_row_in_training_file_is_named(small_data, demo_model):
     with (small_data / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"question": "只有问题"}\n')
