@@ -20,6 +20,7 @@ from qwenmed import (
     hub,
     leaks,
     lengths,
+    not_finite,
     planner,
     planning,
     shapes,
@@ -241,13 +242,14 @@ class TrainingCheckup:
         started = time.perf_counter()
         by_length = sorted(zip(self._row_lengths, self._rows, strict=True), key=lambda pair: pair[0])
         short = [row for _, row in by_length[:2]]
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            losses, batch = self._train(short * 2, Path(folder))
-        yield from mask_findings(self._tokenizer, batch["input_ids"][0], batch["labels"][0], short[0], "训练器的掩码")
-        if not losses or not all(map(math.isfinite, losses)):
-            fix = "权重可能损坏，或数值类型不合适：请重新下载模型；有旧显卡时试试 train_lora.py"
-            yield Finding(BAD, "两步训练", f"损失不是有限的数：{losses}", fix)
+        ill = "权重可能损坏，或数值类型不合适：请重新下载模型；有旧显卡时试试 train_lora.py"
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                losses, batch = self._train(short * 2, Path(folder))
+        except not_finite.NotFinite as error:
+            yield Finding(BAD, "两步训练", f"损失不是有限的数：{error.what}", ill)
             return
+        yield from mask_findings(self._tokenizer, batch["input_ids"][0], batch["labels"][0], short[0], "训练器的掩码")
         device = hardware.pick_device(self._settings.device)
         peak = "，".join(f"{name} {size} GiB" for name, size in hardware.peak_memory_gib(device).items())
         text = (

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 MOST_NAMED = 8
 
 
-def error(trainer: "MedicalSFTTrainer", what: str, batches: Sequence[dict[str, Any]]) -> UserError:
+class NotFinite(UserError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+def error(trainer: "MedicalSFTTrainer", what: str, batches: Sequence[dict[str, Any]]) -> NotFinite:
     """What to tell the user: the step, the samples, and what to do.
 
     Args:
@@ -26,13 +30,13 @@ def error(trainer: "MedicalSFTTrainer", what: str, batches: Sequence[dict[str, A
     step = trainer.state.global_step + (1 if batches else 0)
     remedy = "已有的检查点都没有动：把 --learning-rate 降到三分之一，或改正这些样本，再用 --resume 从最新的检查点继续"
     if any(not weight.isfinite().all() for weight in trainer.model.parameters()):
-        return UserError(f"第 {step} 步的{what}是 NaN 或无穷大：权重里已有不是数的值", trainer.args.output_dir, remedy)
+        return NotFinite(f"第 {step} 步的{what}是 NaN 或无穷大：权重里已有不是数的值", trainer.args.output_dir, remedy)
     found = [sample for batch in batches for sample in samples(batch)]
     with torch.no_grad():
         guilty = [sample for sample in found if not _loss(trainer, *sample).isfinite()] or found
     names = [place_of(trainer, ids.tolist()) for ids, _ in guilty[:MOST_NAMED]]
     where = "、".join(names) + ("等" if len(guilty) > MOST_NAMED else "")
-    return UserError(f"第 {step} 步的{what}是 NaN 或无穷大", where or trainer.args.output_dir, remedy)
+    return NotFinite(f"第 {step} 步的{what}是 NaN 或无穷大", where or trainer.args.output_dir, remedy)
 
 
 def samples(batch: dict[str, Any]) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":

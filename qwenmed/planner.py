@@ -204,7 +204,8 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
         if any(plan.total <= card.room for plan in found):
             remedies.append("pip install -e '.[quant]'（8 位优化器放得下）")
         remedies += smaller(shape, settings, card, tokens)
-        raise UserError(what, str(least), "放得下的：" + "；".join(remedies) if remedies else "请换一块更大的卡")
+        larger = "请换一块更大的卡" if card.kind == "cuda" else "请关掉别的程序，或换一台内存更大的机器"
+        raise UserError(what, str(least), "放得下的：" + "；".join(remedies) if remedies else larger)
     chosen = [fitting]
     for plan in usable[usable.index(fitting) + 1 :]:
         if plan.total < chosen[-1].total:
