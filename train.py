@@ -29,9 +29,7 @@ def main() -> None:
     rows = training.load_rows(settings, tokenizer, GENERAL_PROMPT, MEDICAL_PROMPTS)
 
     run = Run(settings, folder, "full", model_folder)
-    planning.cap(device, settings)
-    gpu = planning.card_of(device, settings)
-    plans = planning.choose(settings, model_folder, gpu, rows.longest, run.plan_before())
+    gpu, plans = planning.choose(settings, model_folder, device, rows.longest, run.plan_before())
     configuration.sft_config(settings, folder, plans[0], gpu)  # a wrong --sft ends here, before anything is written
     card = run.begin(rows, tokenizer, device)
     for plan in run.attempts(plans):

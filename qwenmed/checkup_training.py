@@ -23,7 +23,6 @@ from qwenmed import (
     not_finite,
     planner,
     planning,
-    shapes,
     sources,
     training,
 )
@@ -224,10 +223,9 @@ class TrainingCheckup:
             return
         gpu = self._card()
         kind = "显存" if gpu.kind == "cuda" else "内存"
-        shape = shapes.of_config(checkpoints.read_config(self._folder))
         tokens = planning.tokens_of(self._settings, gpu, max(self._row_lengths, default=None))
         try:
-            plan, *_ = planner.choose(shape, self._settings, gpu, tokens, planning.has_torchao())
+            plan, *_ = planning.candidates(self._settings, self._folder, gpu, tokens)
         except UserError as error:
             yield Finding(BAD, f"{kind}计划", error.what, error.remedy or "")
             return
@@ -271,8 +269,8 @@ class TrainingCheckup:
             self._settings, max_steps=2, batch_size=1, gradient_accumulation_steps=1, logging_steps=1,
             max_length=max(STEP_TOKENS, self._settings.max_length), eval_steps=1, best_by="last", packing="off",
         )  # fmt: skip
-        gpu, shape = self._card(), shapes.of_config(checkpoints.read_config(self._folder))
-        plan, *_ = planner.choose(shape, settings, gpu, STEP_TOKENS, planning.has_torchao())
+        gpu = self._card()
+        plan, *_ = planning.candidates(settings, self._folder, gpu, STEP_TOKENS)
         model = checkpoints.load_base(self._folder, plan.dtype)
         config = configuration.sft_config(settings, folder, plan, gpu)
         config.save_strategy, config.eval_strategy, config.logging_nan_inf_filter = "no", "no", False

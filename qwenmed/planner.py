@@ -299,10 +299,8 @@ def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen
 
     Of the numbers of checkpointed layers a few will do.
     """
-    shown = [
-        plan for plan in plans(shape, settings, card, tokens) if plan == chosen or plan.checkpoint_every in (0, 1, 2)
-    ]
-    found = shown or plans(shape, settings, card, tokens)
+    every = plans(shape, settings, card, tokens)
+    found = [plan for plan in every if plan == chosen or plan.checkpoint_every in (0, 1, 2)] or every
     names = list(found[0].parts)
     rows = [["", *names, "合计", "GiB，计算值"]]
     for plan in found:
@@ -314,6 +312,7 @@ def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen
 
 def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool]]:
     """(weights, optimizer, whether within the backward pass), as far as the settings leave them open; best first."""
+    lora = isinstance(settings, LoraSettings)
     if isinstance(settings, LoraSettings):
         half = settings.weights == "bf16" or (settings.weights == "auto" and card.bf16)
         weights = "nf4" if settings.quantize else "bf16" if half else "fp32"
@@ -323,12 +322,11 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
         if card.bf16:
             found += [("bf16", "adamw", False), ("bf16", "adamw_8bit", False), ("bf16", "adamw_8bit", True)]
     for weights, optimizer, in_backward in found:
-        if settings.weights not in ("auto", weights) and not isinstance(settings, LoraSettings):
+        if settings.weights not in ("auto", weights) and not lora:
             continue
         if settings.optimizer not in ("auto", optimizer):
             continue
         # Of what nobody asked for: 8-bit states where they save nothing, and bf16 weights that round updates away.
-        lora = isinstance(settings, LoraSettings)
         idle = optimizer == "adamw_8bit" and (lora or card.kind != "cuda")
         lossy = (weights, optimizer) == ("bf16", "adamw") and not lora
         if settings.optimizer == "auto" and (idle or lossy):

@@ -62,24 +62,35 @@ def tokens_of(settings: TrainSettings, card: Card, longest: int | None) -> int:
     return settings.batch_size * row
 
 
+def candidates(settings: TrainSettings, model_folder: Path, card: Card, tokens: int) -> list[Plan]:
+    """The plan for a model's folder, and those to step down to, with what is installed here.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    shape = shapes.of_config(checkpoints.read_config(model_folder))
+    return planner.choose(shape, settings, card, tokens, has_torchao())
+
+
 def choose(
-    settings: TrainSettings, model_folder: Path, card: Card, longest: int, before: Mapping[str, Any] | None
-) -> list[Plan]:
-    """The plan of a run, and those to step down to; it is said.
+    settings: TrainSettings, model_folder: Path, device: "torch.device", longest: int, before: Mapping[str, Any] | None
+) -> tuple[Card, list[Plan]]:
+    """The card of a run, held to `--gpu-memory`; the plan for it, which is said, and those to step down to.
 
     Args:
         longest: tokens of the longest sample.
         before: what the checkpoint that is continued from says of its plan.
 
     Raises:
-        UserError: nothing fits, or bitsandbytes is missing.
+        UserError: nothing fits, bitsandbytes is missing, or `--gpu-memory` is given without a GPU.
     """
+    cap(device, settings)
+    card = card_of(device, settings)
     if isinstance(settings, LoraSettings) and settings.quantize:
         check_quantization(card)
-    shape = shapes.of_config(checkpoints.read_config(model_folder))
     tokens = tokens_of(settings, card, longest)
-    card = with_faster_type(card, shape, tokens)
-    found = planner.choose(shape, settings, card, tokens, has_torchao())
+    card = with_faster_type(card, shapes.of_config(checkpoints.read_config(model_folder)), tokens)
+    found = candidates(settings, model_folder, card, tokens)
     if before:
         alike = [plan for plan in found if planner.states_of(plan) == before]
         if not alike:
@@ -92,7 +103,7 @@ def choose(
     )
     if found[0].total > card.room:
         cli.note("计划的比可用的多一点；计算值会有一成的误差，先试试，真的放不下会停下来")
-    return found
+    return card, found
 
 
 def with_faster_type(card: Card, shape: Shape, tokens: int) -> Card:
