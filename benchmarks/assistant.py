@@ -53,7 +53,7 @@ def main() -> None:
         print(f"== {part}", file=sys.stderr, flush=True)
         results[part] = {**{"batch": batch, "single": single, "rows": rows}[part](args), **where()}
         files.write_json(RESULTS, results)
-    update_page(results)
+    put_between(PAGE, BEGIN, END, table(results))
     print(table(results))
 
 
@@ -277,10 +277,10 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def update_page(results: dict) -> None:
-    """Put the table between its marks in docs/assistant.md."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a benchmark's table between its marks in a page of the docs."""
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    files.write_whole({page: f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"})
 
 
 if __name__ == "__main__":

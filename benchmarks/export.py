@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 from true_shape import build_true_shape  # noqa: E402
 
 from qwenmed import files  # noqa: E402
@@ -62,7 +62,7 @@ def main() -> None:
             results[kind] |= {"seconds_with_self_test": tested["seconds"], "self_test": told["self_test"]}
     results |= {"largest_tensor_mib": round(151_936 * 1024 * 2 / 2**20), **where()}
     files.write_json(RESULTS, results)
-    update_document(results)
+    put_between(DOCUMENT, BEGIN, END, table(results))
     print(table(results))
 
 
@@ -158,14 +158,6 @@ def table(results: dict) -> str:
             f"| {tested['mean_kl']:.2g} | {tested['largest_kl']:.2g} |"
         )
     return "\n".join(lines)
-
-
-def update_document(results: dict) -> None:
-    """Put the table between its marks in docs/exporting.md."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{after}"})
 
 
 if __name__ == "__main__":

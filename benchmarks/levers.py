@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 
 from qwenmed import files, shapes  # noqa: E402
 
@@ -43,8 +43,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {name: in_a_process(name) for name in MEASURES} | where()
     files.write_json(RESULTS, results)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"})
+    put_between(DOCUMENT, BEGIN, END, table(results))
     print(table(results))
 
 

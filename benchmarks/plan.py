@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
@@ -65,8 +65,7 @@ def main() -> None:
     whole = peak(shape, plan_of(way, tokens)) / planner.GIB
     results = {"rows": rows, "whole": {"model": model, "counted_gib": whole}} | where()
     files.write_json(RESULTS, results)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"})
+    put_between(DOCUMENT, BEGIN, END, table(results))
     print(table(results))
 
 

@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS  # noqa: E402
 from qwenmed import checkpoints, files, findings, rows  # noqa: E402
@@ -57,8 +57,7 @@ def main() -> None:
     results |= where()
     files.write_json(RESULTS, results)
     if DOCUMENT.exists():
-        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-        files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"})
+        put_between(DOCUMENT, BEGIN, END, table(results))
     print(table(results))
 
 

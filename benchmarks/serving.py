@@ -29,7 +29,7 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 
 from prompts import MEDICAL_PROMPTS, SAMPLE_QUESTIONS  # noqa: E402
 from qwenmed import chat, checkpoints, files  # noqa: E402
@@ -56,9 +56,7 @@ def main() -> None:
         results["alive"] = process.poll() is None
     results |= where()
     files.write_json(RESULTS, results)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    files.write_whole({DOCUMENT: f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"})
+    put_between(DOCUMENT, BEGIN, END, table(results))
     print(table(results))
 
 

@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from assistant import where  # noqa: E402
+from assistant import put_between, where  # noqa: E402
 
 from prompts import MEDICAL_PROMPTS  # noqa: E402
 from qwenmed import configuration, files, hardware, planner, planning, shapes, training  # noqa: E402
@@ -81,9 +81,7 @@ def main() -> None:
     results |= where()
     kind = "gpu" if gpu else "cpu"
     files.write_json(RESULTS / f"training-{kind}.json", results)
-    begin, end = BEGIN.format(kind=kind), END.format(kind=kind)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
-    files.write_whole({DOCUMENT: f"{before}{begin}\n{table(results)}\n{end}{rest.split(end)[1]}"})
+    put_between(DOCUMENT, BEGIN.format(kind=kind), END.format(kind=kind), table(results))
     print(table(results))
 
 
