@@ -79,6 +79,10 @@ _CHILD = (
 )
 
 
+# What a reader of numbers yields: (sign, the words it was read from).
+_Signs = Iterator[tuple[str, str]]
+
+
 def chinese_to_digits(text: str) -> str:
     """三十八度五 → 38度5; only runs that a number word or unit can follow are long enough to matter."""
     return _CHINESE.sub(lambda match: _value(match.group()), text)
@@ -101,18 +105,31 @@ def _value(run: str) -> str:
     return number + ("." + "".join(str(_DIGITS[sign]) for sign in part) if part else "")
 
 
-def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
+def signs_from_numbers(text: str) -> _Signs:
     """Yield (sign, the words it was read from) for every number that matters.
 
     Args:
         text: normalised (half-width, lower case).
     """
-    for match in _GLUCOSE_DISPLAY.finditer(text):
-        for sign in ("血糖高值", "血糖极高") if match[1] == "hi" else ("血糖低值",):
-            yield sign, match[0]
+    if "血糖" in text:
+        yield from _glucose_display(text)
     if not _HAS_NUMBER.search(text):
         return
     text = chinese_to_digits(text)
+    for words, read in _READERS:
+        for word in words:
+            if word in text:
+                yield from read(text)
+                break
+
+
+def _glucose_display(text: str) -> _Signs:
+    for match in _GLUCOSE_DISPLAY.finditer(text):
+        for sign in ("血糖高值", "血糖极高") if match[1] == "hi" else ("血糖低值",):
+            yield sign, match[0]
+
+
+def _temperature(text: str) -> _Signs:
     for match in _TEMPERATURE.finditer(text):
         value = float(match[1] or match[3])
         if match[1] and match[2]:
@@ -126,6 +143,9 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
                 yield "体温405", match[0]
             if value < 35.5:
                 yield "体温低", match[0]
+
+
+def _blood_pressure(text: str) -> _Signs:
     for match in _PRESSURE.finditer(text):
         high, low = int(match[1]), int(match[2])
         if 60 <= high <= 300 and 30 <= low < high:
@@ -137,6 +157,9 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
                 yield "血压140", match[0]
             if high < 90 or low < 50:
                 yield "血压低", match[0]
+
+
+def _systolic(text: str) -> _Signs:
     for match in _SYSTOLIC.finditer(text):
         if 180 <= int(match[1]) <= 300:
             yield "血压180", match[0]
@@ -144,6 +167,9 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
             yield "血压低", match[0]
         if 160 <= int(match[1]) <= 300:
             yield "血压160", match[0]
+
+
+def _glucose(text: str) -> _Signs:
     for match in _GLUCOSE.finditer(text):
         value = float(match[1] or match[2])
         if value < 3.0 and value >= 0.5:
@@ -162,21 +188,37 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
             yield "血糖高值", match[0]
         if 33 <= value < 60:
             yield "血糖极高", match[0]
+
+
+def _saturation(text: str) -> _Signs:
     for match in _OXYGEN.finditer(text):
         yield from _oxygen(match)
+
+
+def _breaths(text: str) -> _Signs:
     for match in _BREATHS.finditer(text):
         limit = 60 if any(word in text for word in _CHILD) else 30
         if limit <= int(match[1]) <= 120:
             yield "呼吸数快", match[0]
-    yield from _ages(text)
+
+
+def _weeks_of_pregnancy(text: str) -> _Signs:
     for match in _WEEKS.finditer(text):
         yield from _pregnant(int(match[1] or match[3]) * (4 if match[2] and "月" in match[2] else 1), match[0])
-    if any(word in text for word in _LATE_PREGNANCY):
-        for match in _BARE_WEEKS.finditer(text):
-            yield from _pregnant(int(match[1]), match[0])
+
+
+def _bare_weeks(text: str) -> _Signs:
+    for match in _BARE_WEEKS.finditer(text):
+        yield from _pregnant(int(match[1]), match[0])
+
+
+def _tablets(text: str) -> _Signs:
     for match in _TABLETS.finditer(text):
         if int(match[1]) >= 8:
             yield "药量大", match[0]
+
+
+def _heart_rate(text: str) -> _Signs:
     for match in _HEART_RATE.finditer(text):
         if int(match[1]) >= 150 or int(match[1]) < 40:
             yield "心率危险", match[0]
@@ -184,7 +226,7 @@ def signs_from_numbers(text: str) -> Iterator[tuple[str, str]]:
             yield "心率快", match[0]
 
 
-def _oxygen(match: re.Match[str]) -> Iterator[tuple[str, str]]:
+def _oxygen(match: re.Match[str]) -> _Signs:
     """The last saturation named after the word, usual and normal values left out (平时95，现在82)."""
     tail, value, end = match[1], None, 0
     for number in _PERCENT.finditer(tail):
@@ -198,14 +240,14 @@ def _oxygen(match: re.Match[str]) -> Iterator[tuple[str, str]]:
         yield ("血氧低" if value < 90 else "血氧偏低"), match[0]
 
 
-def _pregnant(weeks: int, words: str) -> Iterator[tuple[str, str]]:
+def _pregnant(weeks: int, words: str) -> _Signs:
     if 20 <= weeks <= 43:
         yield "孕20周", words
     if 20 <= weeks < 37:
         yield "未足月", words
 
 
-def _ages(text: str) -> Iterator[tuple[str, str]]:
+def _ages(text: str) -> _Signs:
     for match in _AGE.finditer(text):
         value, unit = int(match[1]), match[2]
         if unit == "岁":
@@ -227,3 +269,19 @@ def _ages(text: str) -> Iterator[tuple[str, str]]:
             yield "新生儿", match[0]
         if days <= 1200:
             yield "儿童", match[0]
+
+
+# Each reader, behind words without which its pattern finds nothing: looking for them is quicker.
+_READERS = (
+    (("度", "℃", "c", "烧", "热", "温", "fever", "temp"), _temperature),
+    (("/", "比", "、"), _blood_pressure),
+    (("压", "bp"), _systolic),
+    (("糖", "血唐", "血搪", "餐后", "空腹", "glucose", "sugar", "mmol"), _glucose),
+    (("氧", "血养", "饱和度", "o2", "oxygen", "sat"), _saturation),
+    (("呼吸",), _breaths),
+    (("天", "日", "周", "月", "岁"), _ages),
+    (("孕", "妊娠", "pregnant"), _weeks_of_pregnancy),
+    (_LATE_PREGNANCY, _bare_weeks),
+    (("片", "粒", "颗", "胶囊", "tablets", "pills"), _tablets),
+    (("心率", "心跳", "脉搏", "pulse"), _heart_rate),
+)

@@ -9,13 +9,13 @@ words (`@@` for parts of the body, of which only the nearest counts); `_` stands
 import bisect
 import csv
 import functools
+import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 TABLES = Path(__file__).with_name("urgency")
 
@@ -34,7 +34,8 @@ _VARIANTS = str.maketrans(
 )
 
 
-class _Word(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Word:
     """A word of the tables, with everything it can mean.
 
     `left` and `body` are the groups in which it can begin a pair; of a part of the body (`@@`) only the nearest does.
@@ -45,7 +46,7 @@ class _Word(NamedTuple):
     cues: tuple[str, ...] = ()
     signs: tuple[tuple[str, str], ...] = ()  # (sign, kind)
     left: tuple[str, ...] = ()
-    right: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType({})  # first group of a pair → its signs
+    right: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # first group of a pair → its signs
     body: tuple[str, ...] = ()
 
 
@@ -54,6 +55,7 @@ _NEUTRAL, _DENIAL, _DENYING_SIGN, _LATIN = 1, 2, 4, 8
 
 # A word of the tables in the text: half-open [start, end).
 _Hit = tuple[int, int, _Word]
+_BY_PLACE = operator.itemgetter(0, 1)
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,20 @@ def normalise(text: str) -> str:
 
 
 def _simplified(text: str) -> str:
-    text = _opencc().convert(text)
-    return text if _VARIANTS_AS_SET.isdisjoint(text) else text.translate(_VARIANTS)
+    if not any(map(_TO_SIMPLIFY.__getitem__, text)):
+        return text
+    return _opencc().convert(text).translate(_VARIANTS)
 
 
-_VARIANTS_AS_SET = frozenset(map(chr, _VARIANTS))
+class _ToSimplify(dict[str, bool]):
+    """character → whether it is written otherwise in simplified Chinese; filled as characters turn up."""
+
+    def __missing__(self, character: str) -> bool:
+        self[character] = character > "\u2e7f" and _opencc().convert(character).translate(_VARIANTS) != character
+        return self[character]
+
+
+_TO_SIMPLIFY = _ToSimplify()
 
 
 @functools.cache
@@ -126,29 +137,35 @@ def _read_piece(text: str, present: dict[str, str], cues: set[str]) -> None:
             marks.setdefault(name, []).append((start, end))
     cues.update(marks)
     reader = _Reader(text, marks)
-    for i, (start, end, word) in enumerate(hits):
-        for sign in word.signs:
-            reader.keep(present, sign, text[start:end], start, end, start)
-        if word.right:
-            for first, signs in _pairs_ending(text, hits, i):
+    firsts: list[_Hit] = []  # words that can begin a pair
+    for hit in hits:
+        start, end, word = hit
+        for name, kind in word.signs:
+            # The longest words are kept: one word must not fire two parts of a rule.
+            if len(present.get(name, "")) < end - start and reader.counts(kind, start, end, start):
+                present[name] = text[start:end]
+        if word.right and firsts:
+            for first, signs in _pairs_ending(text, firsts, hit):
                 # What stands between the two is none of the sign's words: 右眼突然看不见 is a sudden loss of sight.
-                gap = "…" if first[1] < start else ""
-                words = f"{text[first[0] : first[1]]}{gap}{text[start:end]}"
-                for sign in signs:
-                    reader.keep(present, sign, words, first[0], end, start)
+                words = text[first[0] : first[1]] + ("…" if first[1] < start else "") + text[start:end]
+                for name, kind in signs:
+                    if len(present.get(name, "")) < len(words) and reader.counts(kind, first[0], end, start):
+                        present[name] = words
+        if word.left or word.body:
+            firsts.append(hit)
 
 
-def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[_Hit, tuple[tuple[str, str], ...]]]:
-    """(first word, signs) for the pairs of which hits[i] is the second word."""
-    middle, _, second = hits[i]
-    wanted = second.right
+def _pairs_ending(text: str, firsts: list[_Hit], second: _Hit) -> Iterable[tuple[_Hit, tuple[tuple[str, str], ...]]]:
+    """(first word, signs) for the pairs whose second word is `second`, the nearest first word first."""
+    middle, _, word = second
+    wanted = word.right
     body = 0
-    for j in range(i - 1, -1, -1):
-        _, end, first = hits[j]
+    for hit in reversed(firsts):
+        _, end, first = hit
         gap = middle - end
         if gap > PAIR_GAP + 6:
             return
-        if gap < 0 or gap > PAIR_GAP or not (first.left or first.body):
+        if gap < 0 or gap > PAIR_GAP:
             continue
         if gap and not STRONG_STOPS.isdisjoint(text[end:middle]):
             return
@@ -158,7 +175,7 @@ def _pairs_ending(text: str, hits: list[_Hit], i: int) -> Iterable[tuple[_Hit, t
             groups = first.body + groups
         for name in groups:
             if name in wanted:
-                yield hits[j], wanted[name]
+                yield hit, wanted[name]
 
 
 # The marks that can make a sign not count.
@@ -177,20 +194,13 @@ class _Reader:
         self.clauses = [0, *(i for i, c in enumerate(text, 1) if c in CLAUSE_STOPS)]
         self.sentences = [0, *(i for i in self.clauses[1:] if text[i - 1] in STRONG_STOPS)]
 
-    def keep(
-        self, present: dict[str, str], sign: tuple[str, str], words: str, start: int, end: int, middle: int
-    ) -> None:
-        """Note a sign with its words at [start, end), if it is there; `middle` is where a pair's second word starts."""
-        name, kind = sign
-        # The longest words are kept: one word must not fire two parts of a rule.
-        if name in present and len(present[name]) >= len(words):
-            return
-        if kind != "境":
-            if self.doubts and self._doubted(start, end, middle):
-                return
-            if kind == "病" and not self._any("急性", max(0, start - 30), min(self.length, end + 30)):
-                return
-        present[name] = words
+    def counts(self, kind: str, start: int, end: int, middle: int) -> bool:
+        """Whether a sign with its words at [start, end) is there; `middle` is where a pair's second word starts."""
+        if kind == "境":
+            return True
+        if self.doubts and self._doubted(start, end, middle):
+            return False
+        return kind != "病" or self._any("急性", max(0, start - 30), min(self.length, end + 30))
 
     def _doubted(self, start: int, end: int, middle: int) -> bool:
         sentence = self.sentences[bisect.bisect_right(self.sentences, start) - 1]
@@ -220,7 +230,10 @@ class _Reader:
         return bool(past) and not self._any("现在", max(past), max(start, end) + 1)
 
     def _any(self, name: str, start: int, end: int) -> bool:
-        return any(start <= s and e <= end for s, e in self.marks.get(name, ()))
+        for s, e in self.marks.get(name, ()):  # noqa: SIM110 - any() over a generator takes thrice the time
+            if start <= s and e <= end:
+                return True
+        return False
 
 
 class _Tables:
@@ -240,12 +253,8 @@ class _Tables:
         for word, roles in self.words.items():
             entry = self._word(word, roles)
             self.written.add_word(word, entry)
-            if (
-                len(word) >= SOUND_LENGTH
-                and entry.signs
-                and not entry.traits & _DENYING_SIGN
-                and all("一" <= c <= "鿿" for c in word)
-            ):
+            is_chinese = all("一" <= c <= "鿿" for c in word)
+            if entry.signs and len(word) >= SOUND_LENGTH and is_chinese and not entry.traits & _DENYING_SIGN:
                 by_sound.setdefault(self._sound(word), set()).update(entry.signs)
         for sound, signs in by_sound.items():
             self.spoken.add_word(sound, _Word(len(sound), 0, signs=tuple(sorted(signs))))
@@ -254,17 +263,15 @@ class _Tables:
 
     def hits(self, text: str) -> list[_Hit]:
         """Every word of the tables in the text, by its start; none that lies inside of a neutral phrase."""
-        found, traits = [], 0
-        for last, word in self.written.iter(text):
-            found.append((last + 1 - word[0], last + 1, word))
-            traits |= word[1]
+        found = [(last + 1 - word.length, last + 1, word) for last, word in self.written.iter(text)]
+        traits = functools.reduce(operator.or_, (word.traits for _, _, word in found), 0)
         if traits & _LATIN:  # his holds no hi
             found = [hit for hit in found if not (hit[2].traits & _LATIN and _inside_latin(text, hit))]
         if traits & _NEUTRAL:
-            neutral = [hit for hit in found if hit[2].traits & _NEUTRAL]
-            found = [hit for hit in found if not _swallowed(hit, neutral)]
+            for start, end in [hit[:2] for hit in found if hit[2].traits & _NEUTRAL]:
+                found = [hit for hit in found if hit[0] < start or end < hit[1] or hit[:2] == (start, end)]
         if not text.isascii():
-            spoken = [(last + 1 - word[0], last + 1, word) for last, word in self.spoken.iter(self._sound(text))]
+            spoken = [(last + 1 - word.length, last + 1, word) for last, word in self.spoken.iter(self._sound(text))]
             if spoken:
                 written = {hit[:2] for hit in found}
                 found += [hit for hit in spoken if hit[:2] not in written]
@@ -273,7 +280,7 @@ class _Tables:
         if traits & _DENIAL:  # a denial inside of a sign's own word (没有意识) denies nothing
             signs = [hit for hit in found if hit[2].signs]
             found = [hit for hit in found if not (hit[2].traits & _DENIAL and _lies_in(hit, signs))]
-        found.sort()
+        found.sort(key=_BY_PLACE)
         return found
 
     def _sound(self, text: str) -> str:
@@ -355,10 +362,6 @@ def _inside_latin(text: str, hit: _Hit) -> bool:
     start, end, word = hit
     before, after = text[start - 1 : start], text[end : end + 1]
     return (before.isascii() and before.isalpha()) or (word.length <= 4 and after.isascii() and after.isalpha())
-
-
-def _swallowed(hit: _Hit, neutral: list[_Hit]) -> bool:
-    return any(n[0] <= hit[0] and hit[1] <= n[1] and n[:2] != hit[:2] for n in neutral)
 
 
 def _lies_in(hit: _Hit, signs: list[_Hit]) -> bool:
