@@ -16,6 +16,7 @@
 # make bench-plan   显存计划与逐个操作数出来的相比（约 8 分钟）
 # make bench-levers 训练的每一种省法，逐个量（约 3 分钟）
 # make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
+# make fit-points 由 tests/triage 里标注的问题重新算出紧急程度的打分表（约 1 分钟）
 # make lint   代码检查：ruff 与 mypy
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）
@@ -26,7 +27,7 @@ VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
-.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train bench-plan bench-levers test-scaling lint fuzz lock audit clean
+.PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train bench-plan bench-levers test-scaling fit-points lint fuzz lock audit clean
 
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
 $(VENV)/.ready: requirements.txt
@@ -159,6 +160,11 @@ bench-plan: $(VENV)/.ready-dev
 # 需要 ../shared/data 里的真实样本，和 15 GB 磁盘。
 bench-data: $(VENV)/.ready-dev
 	$(PY) benchmarks/preparation.py
+
+fit-points: $(VENV)/.ready-dev
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[urgency]'
+	$(PY) benchmarks/fit_points.py
+	$(PY) benchmarks/triage.py
 
 bench-export: $(VENV)/.ready-gguf
 	$(PY) benchmarks/export.py

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from qwenmed import files, triage  # noqa: E402
 
-SETS = ("dev", "dev_wide", "heldout", "heldout_wide")
+SETS = ("dev", "dev_wide", "fit", "heldout", "heldout_wide", "heldout_fields")
 ROUNDS = 5
 LEVELS = (triage.EMERGENCY, triage.URGENT, triage.ROUTINE)
 
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def measure(path: Path) -> dict:
-    """Confusion counts, recall, false alarms and speed on one set."""
+    """Confusion counts, shares and speed on one set."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     seconds = float("inf")
     for _ in range(ROUNDS):  # the quickest of several: other programs only ever slow one down
@@ -45,6 +45,9 @@ def measure(path: Path) -> dict:
         "confusion": {label: {level: counts[label, level] for level in LEVELS} for label in LEVELS},
         "recall": round(counts[triage.EMERGENCY, triage.EMERGENCY] / total[triage.EMERGENCY], 4),
         "false_alarms": round(alarms / (total[triage.URGENT] + total[triage.ROUTINE]), 4),
+        # Emergencies that are not even sent to a doctor today, and the patients for today that are told so.
+        "unnoticed": round(counts[triage.EMERGENCY, triage.ROUTINE] / total[triage.EMERGENCY], 4),
+        "recall_of_urgent": round(1 - counts[triage.URGENT, triage.ROUTINE] / total[triage.URGENT], 4),
         "questions_per_second": round(len(rows) / seconds),
     }
     print(path.name, json.dumps(result, ensure_ascii=False))

@@ -114,16 +114,17 @@ def find_signs(text: str) -> Findings:
     """The signs of a normalised text, read piece by piece so that the time stays proportional to its length."""
     present: dict[str, str] = {}
     cues: set[str] = set()
-    for piece in _pieces(text):
+    for piece in pieces(text):
         _read_piece(piece, present, cues)
     return Findings(present, frozenset(cues))
 
 
-def _pieces(text: str) -> Iterable[str]:
+def pieces(text: str, length: int = PIECE_LENGTH) -> Iterable[str]:
+    """Cut a text behind the ends of sentences, or where there are none, into stretches of at most `length`."""
     start = 0
-    while len(text) - start > PIECE_LENGTH:
-        end = max(text.rfind(stop, start, start + PIECE_LENGTH) for stop in STRONG_STOPS) + 1
-        end = end if end > start else start + PIECE_LENGTH
+    while len(text) - start > length:
+        end = max(text.rfind(stop, start, start + length) for stop in STRONG_STOPS) + 1
+        end = end if end > start else start + length
         yield text[start:end]
         start = end
     yield text[start:]

@@ -2,8 +2,10 @@
 
 The rules are a table that a doctor can read and correct (urgency/rules.csv, each with its source); the words
 stand in urgency/signs.csv, the marks of denial, past, supposition and knowledge questions in urgency/cues.csv,
-what to do and not to do until help comes in urgency/advice.csv. `assess` reads a question, `emergency_text` is
-what an emergency is told before any model is asked, and `check_answer` looks at what the model then said.
+what to do and not to do until help comes in urgency/advice.csv. Beside the rules, the whole question is weighed
+(urgency/points.csv): that finds emergencies in words that no rule knows, and doubts a rule that stands alone.
+`assess` reads a question, `emergency_text` is what an emergency is told before any model is asked, and
+`check_answer` looks at what the model then said.
 """
 
 import csv
@@ -11,6 +13,7 @@ import functools
 import re
 from dataclasses import dataclass
 
+from qwenmed.points import telling, weigh
 from qwenmed.quantities import signs_from_numbers
 from qwenmed.signs import TABLES, find_signs, normalise
 
@@ -86,32 +89,68 @@ def _same(found: str, words: list[str]) -> bool:
     return any(found in word or word in found for word in words)
 
 
+# Points from which a question counts though no rule fired, and below which it doesn't though one did.
+ALARM = 0
+DOUBT = -200
+# An exam's or a lesson's case sounds like an emergency by nature.
+ALARM_IN_A_LESSON = 300
+# What outweighs the doubt: so many rules, or a measured value that is dangerous by itself.
+WITNESSES = 3
+_CRITICAL = frozenset({"血氧低", "血压低", "血糖低值", "血糖极高", "体温405", "心率危险", "呼吸数快"})
+
+
 def assess(question: str) -> Urgency:
     """How urgent a question is; deterministic, in time proportional to its length."""
     text = normalise(question)
     findings = find_signs(text)
-    present = dict(findings.present)
-    if not present:
-        return Urgency(ROUTINE)
-    for sign, words in signs_from_numbers(text):
-        present.setdefault(sign, words)
-    is_lesson = _asks_for_knowledge(findings.cues)
+    measured = dict(signs_from_numbers(text))
+    present = measured | findings.present
+    fired = _fired(present, findings.cues)
+    weight = weigh(text)
+    emergencies = [each for each in fired if each[0].level == EMERGENCY]
+    is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
+    if emergencies and (is_certain or weight.emergency >= DOUBT):
+        return Urgency(EMERGENCY, _reasons(emergencies), emergencies[0][0].advice)
+    alarm = ALARM_IN_A_LESSON if "强求知" in findings.cues else ALARM
+    if weight.emergency >= alarm:
+        words = "、".join(telling(text))
+        return Urgency(EMERGENCY, (f"分1 整句话像急症（{words}）",), _likeliest_advice(present))
+    if emergencies or (fired and weight.today >= DOUBT):
+        return Urgency(URGENT, _reasons(emergencies or fired))
+    if weight.today >= alarm:
+        return Urgency(URGENT, ("分2 整句话像当天要看的病",))
+    return Urgency(ROUTINE)
+
+
+def _fired(present: dict[str, str], cues: frozenset[str]) -> list[tuple[Rule, str]]:
+    """The rules that fire, each with its words; the urgent ones only where no emergency does."""
+    is_lesson = _asks_for_knowledge(cues)
     # Two danger signs in somebody weigh more than a word such as 疫苗 or 注意什么; an exam's stay an exam's.
-    heard = (*_ALWAYS, *(() if "强求知" in findings.cues or "本人" not in findings.cues else _EVEN_ASKING))
+    heard = (*_ALWAYS, *(() if "强求知" in cues or "本人" not in cues else _EVEN_ASKING))
     fired: list[tuple[Rule, str]] = []
     for rule in _candidates(present):
         if is_lesson and not rule.id.startswith(heard):
             continue
         if fired and rule.level == URGENT and fired[0][0].level == EMERGENCY:
             break
-        fired_by = rule.fired_by(present)
-        if fired_by is not None:
-            fired.append((rule, fired_by))
-    if not fired:
-        return Urgency(ROUTINE)
-    level = fired[0][0].level
-    reasons = tuple(f"{rule.id} {rule.name}（{words}）" for rule, words in fired if rule.level == level)
-    return Urgency(level, reasons, fired[0][0].advice if level == EMERGENCY else "")
+        words = rule.fired_by(present)
+        if words is not None:
+            fired.append((rule, words))
+    return fired
+
+
+def _reasons(fired: list[tuple[Rule, str]]) -> tuple[str, ...]:
+    return tuple(f"{rule.id} {rule.name}（{words}）" for rule, words in fired)
+
+
+def _likeliest_advice(present: dict[str, str]) -> str:
+    """The advice of the emergency rule of which most is there, its first sign included; else the general one."""
+    advice, most = "通用", 0.5
+    for rule in _candidates(present):
+        share = sum(not group.isdisjoint(present) for group in rule.alternatives) / len(rule.needs)
+        if rule.level == EMERGENCY and share >= most and (advice == "通用" or share > most):
+            advice, most = rule.advice, share
+    return advice
 
 
 def assess_conversation(question: str, earlier: str | None) -> Urgency:

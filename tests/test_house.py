@@ -13,7 +13,7 @@ SCRIPTS = [
 
 # Floor by floor, as in docs/architecture.md: a file imports from floors below, or from a file before it.
 FLOORS = [
-    ["errors", "controls", "redact", "processes", "cli", "files", "quantities", "signs", "triage"],
+    ["errors", "controls", "redact", "processes", "cli", "files", "quantities", "signs", "points", "triage"],
     [
         "records",
         "json_list",

@@ -23,26 +23,24 @@ def shares(name):
     return recall, counts[False, True] / (counts[False, True] + counts[False, False])
 
 
-def test_set_that_the_rules_were_tuned_on():
-    recall, false_alarms = shares("dev.jsonl")
-    assert recall >= 0.97 and false_alarms <= 0.01
+@pytest.mark.parametrize("name", ["dev.jsonl", "dev_wide.jsonl"])
+def test_sets_that_rules_and_points_were_made_for(name):
+    recall, false_alarms = shares(name)
+    assert recall >= 0.99 and false_alarms <= 0.01
 
 
-def test_set_that_no_rule_was_tuned_on():
-    # Measured 0.929 and 0.032; the aim is 0.98 and 0.03. Never read its misses to mend a rule: write new questions.
-    recall, false_alarms = shares("heldout.jsonl")
-    assert recall >= 0.92 and false_alarms <= 0.035
-
-
-def test_wider_set_that_the_rules_were_tuned_on():
-    recall, false_alarms = shares("dev_wide.jsonl")
-    assert recall >= 0.94 and false_alarms <= 0.05
-
-
-def test_wider_set_that_no_rule_was_tuned_on():
-    # Written in looser language; measured 0.816 and 0.076, the aim is 0.98 and 0.03 here too. Never read its misses.
-    recall, false_alarms = shares("heldout_wide.jsonl")
-    assert recall >= 0.8 and false_alarms <= 0.09
+# Nothing was tuned on these. Never read their misses to mend a rule or to write a question of the fit.
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("heldout.jsonl", 0.98, 0.03),  # the aim; measured 0.991 and 0.012
+        ("heldout_wide.jsonl", 0.945, 0.05),  # looser language: measured 0.956 and 0.039, the aim is 0.98 and 0.03
+        ("heldout_fields.jsonl", 0.945, 0.08),  # poisoning, suicide, obstetrics: measured 0.960 and 0.067
+    ],
+)
+def test_sets_that_nothing_was_tuned_on(name, least, most):
+    recall, false_alarms = shares(name)
+    assert recall >= least and false_alarms <= most
 
 
 @pytest.mark.parametrize(
