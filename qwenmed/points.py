@@ -17,6 +17,7 @@ PHRASE_LENGTH = 3
 LONGEST = 300
 
 TABLE = TABLES / "points.csv"
+CRISIS_TABLE = TABLES / "crisis.csv"
 
 
 class Points(NamedTuple):
@@ -45,6 +46,12 @@ def _weigh(text: str) -> Points:
     return Points(int(total.real), int(total.imag))
 
 
+def weigh_crisis(text: str) -> int:
+    """For suicide, self-harm or violence against other emergencies: points of a normalised text."""
+    table = _crisis_table()
+    return max(sum(table.get(phrase, 0) for phrase in phrases(piece)) + table[""] for piece in pieces(text, LONGEST))
+
+
 def phrases(text: str) -> set[str]:
     """Every stretch of one to three characters."""
     found = set(text)
@@ -71,3 +78,9 @@ def _table() -> dict[str, complex]:
     """Phrase → both points as one number, emergency + today·i: one look-up and one addition serve for both."""
     with TABLE.open(encoding="utf-8-sig", newline="") as file:
         return {row[0]: complex(int(row[1]), int(row[2])) for row in list(csv.reader(file))[1:]}
+
+
+@functools.cache
+def _crisis_table() -> dict[str, int]:
+    with CRISIS_TABLE.open(encoding="utf-8-sig", newline="") as file:
+        return {row[0]: int(row[1]) for row in list(csv.reader(file))[1:]}

@@ -13,7 +13,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from qwenmed.points import telling, weigh
+from qwenmed.points import telling, weigh, weigh_crisis
 from qwenmed.quantities import signs_from_numbers
 from qwenmed.signs import TABLES, find_signs, normalise
 
@@ -25,6 +25,7 @@ DISCLAIMER = "【免责声明】以上内容由人工智能生成，仅供参考
 EMERGENCY_MARK = "【紧急】"
 
 NO_ANSWER = "（模型在 {limit} 个 token 之内没有写完思考，还没有给出回答。请用更大的 -m / max_tokens 再试一次。）"
+HELPLINE = "心里难受、撑不住的时候，请拨打心理援助热线12356，24小时有人听您说；有危险时立即拨打120。"
 SEE_A_DOCTOR_TODAY = (
     "【请当天就医】您描述的情况最好今天就去医院看医生；如果加重，或出现胸痛、呼吸困难、意识不清，请立即拨打120。"
 )
@@ -44,11 +45,13 @@ class Urgency:
         level: "emergency" (call 120 now), "urgent" (see a doctor today) or "routine".
         reasons: the rules that fired, each with the words that it was read from.
         advice: key of the fixed text for an emergency, otherwise "".
+        is_crisis: whether it is about suicide, self-harm or violence, so that the helpline is named.
     """
 
     level: str
     reasons: tuple[str, ...] = ()
     advice: str = ""
+    is_crisis: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ ALARM = 0
 DOUBT = -200
 # An exam's or a lesson's case sounds like an emergency by nature.
 ALARM_IN_A_LESSON = 300
+# Points of a crisis from which the helpline is named besides other advice, and from which the advice is the crisis's.
+CRISIS_BESIDES, CRISIS = -200, -100
+_CRISIS_ADVICE = frozenset({"自伤", "伤人", "危机"})
 # What outweighs the doubt: so many rules, or a measured value that is dangerous by itself.
 WITNESSES = 3
 _CRITICAL = frozenset({"血氧低", "血压低", "血糖低值", "血糖极高", "体温405", "心率危险", "呼吸数快"})
@@ -110,15 +116,19 @@ def assess(question: str) -> Urgency:
     emergencies = [each for each in fired if each[0].level == EMERGENCY]
     is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
     if emergencies and (is_certain or weight.emergency >= DOUBT):
-        return Urgency(EMERGENCY, _reasons(emergencies), emergencies[0][0].advice)
+        advice = emergencies[0][0].advice
+        is_crisis = advice in _CRISIS_ADVICE or weigh_crisis(text) >= CRISIS_BESIDES
+        return Urgency(EMERGENCY, _reasons(emergencies), advice, is_crisis)
     alarm = ALARM_IN_A_LESSON if "强求知" in findings.cues else ALARM
     if weight.emergency >= alarm:
-        words = "、".join(telling(text))
-        return Urgency(EMERGENCY, (f"分1 整句话像急症（{words}）",), _likeliest_advice(present))
+        crisis = weigh_crisis(text)
+        advice = "危机" if crisis >= CRISIS else _likeliest_advice(present)
+        reason = f"分1 整句话像急症（{'、'.join(telling(text))}）"
+        return Urgency(EMERGENCY, (reason,), advice, advice in _CRISIS_ADVICE or crisis >= CRISIS_BESIDES)
     if emergencies or (fired and weight.today >= DOUBT):
-        return Urgency(URGENT, _reasons(emergencies or fired))
+        return Urgency(URGENT, _reasons(emergencies or fired), is_crisis=weigh_crisis(text) >= CRISIS)
     if weight.today >= alarm:
-        return Urgency(URGENT, ("分2 整句话像当天要看的病",))
+        return Urgency(URGENT, ("分2 整句话像当天要看的病",), is_crisis=weigh_crisis(text) >= CRISIS)
     return Urgency(ROUTINE)
 
 
@@ -210,7 +220,8 @@ def emergency_text(urgency: Urgency) -> str:
     if urgency.level != EMERGENCY:
         return ""
     do, avoid = _advice()[urgency.advice]
-    call = "请立即拨打120，并拨打心理援助热线12356" if urgency.advice in ("自伤", "伤人") else "请立即拨打120"
+    is_crisis = urgency.is_crisis or urgency.advice in _CRISIS_ADVICE
+    call = "请立即拨打120，并拨打心理援助热线12356" if is_crisis else "请立即拨打120"
     return f"{EMERGENCY_MARK}{call}！您描述的情况可能有生命危险，请先做下面的事，不要等待网上的回答。\n现在：{do}\n注意：{avoid}"
 
 
@@ -315,7 +326,8 @@ def close_answer(answer: str, notice: str = "", urgency: Urgency = Urgency(ROUTI
     """
     body = answer.replace(DISCLAIMER, "").strip()
     today = SEE_A_DOCTOR_TODAY if urgency.level == URGENT else ""
-    return "\n\n".join(part for part in (emergency_text(urgency), body, today, notice, DISCLAIMER) if part)
+    helpline = HELPLINE if urgency.level == URGENT and urgency.is_crisis else ""
+    return "\n\n".join(part for part in (emergency_text(urgency), body, today, helpline, notice, DISCLAIMER) if part)
 
 
 def models_words(shown: str, question: str, notice: str = "") -> str:
@@ -323,6 +335,6 @@ def models_words(shown: str, question: str, notice: str = "") -> str:
 
     A client that keeps a conversation sends the whole answer back; the fixed texts in it are none of the model's.
     """
-    fixed = {SEE_A_DOCTOR_TODAY, DISCLAIMER, notice, *_CAUTIONS.values()}
+    fixed = {SEE_A_DOCTOR_TODAY, HELPLINE, DISCLAIMER, notice, *_CAUTIONS.values()}
     own = shown.strip().removeprefix(emergency_text(assess(question))).split("\n\n")
     return "\n\n".join(part for part in own if part.strip() not in fixed).strip()

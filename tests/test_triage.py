@@ -93,6 +93,23 @@ def test_signs_of_two_messages_are_read_together():
     assert triage.assess_conversation("出了一身冷汗", "我胸口疼").level == EMERGENCY
 
 
+def test_helpline_is_named_wherever_somebody_is_in_a_crisis():
+    taken = assess("吃了一整瓶安眠药，不想再醒过来了")
+    assert taken.advice == "中毒" or taken.advice in triage._CRISIS_ADVICE
+    farewell = assess("他说谢谢大家这些年的照顾，遗物都托付给我了，现在一个人坐在大桥栏杆外面")
+    for found in (taken, farewell, assess("邻居拿着菜刀追着他老婆砍")):
+        assert found.level == EMERGENCY and found.is_crisis
+        assert "12356" in emergency_text(found).partition("\n")[0]
+    assert not assess("我爸突然胸口疼得厉害，左胳膊也疼，出了一身冷汗").is_crisis
+
+
+def test_helpline_stands_once_below_an_answer_and_is_not_the_models_words():
+    shown = triage.close_answer("睡不好可以先调整作息。", urgency=Urgency(URGENT, ("",), is_crisis=True))
+    assert shown.count("12356") == 1 and shown.endswith(triage.DISCLAIMER)
+    assert triage.models_words(shown, "最近睡不好") == "睡不好可以先调整作息。"
+    assert "12356" not in triage.close_answer("多喝水。", urgency=Urgency(URGENT, ("",)))
+
+
 @pytest.mark.parametrize(
     ("text", "sign"),
     [
