@@ -92,7 +92,7 @@ QUESTION ?= 胸口像石头压着二十分钟了，出冷汗，左胳膊也疼�
 SCENARIO ?= emergency
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/exports --ignore tests/serving \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --ignore tests/exports --ignore tests/serving \
 	  --ignore tests/notebook --ignore tests/preparing --ignore tests/readme --ignore tests/scaling
 
 # 一个进程：脚本在 fork 出的子进程里运行，重的库只导入一次。

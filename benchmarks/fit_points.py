@@ -58,7 +58,7 @@ def main() -> None:
         "questions": Counter(row["label"] for row in rows),
         "phrases": len(table) - 1,
         "phrases_of_a_crisis": len(crisis_table) - 1,
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
+        "sha256": {path.name: hashlib.sha256(path.read_text(encoding="utf-8").encode()).hexdigest() for path in paths},
         "cross_validation": {
             "questions": int(is_new.sum()),
             "emergency": shares(weighed[is_new, 0], labels[is_new] == 2),

@@ -33,7 +33,9 @@ def test_points_are_those_of_the_phrases_each_counted_once():
 def test_table_is_the_fit_of_the_questions_as_they_are():
     summary = json.loads((ROOT / "benchmarks" / "results" / "points.json").read_text(encoding="utf-8"))
     for name, digest in summary["sha256"].items():
-        assert hashlib.sha256((SETS / name).read_bytes()).hexdigest() == digest, f"{name} changed: make fit-points"
+        assert hashlib.sha256((SETS / name).read_text(encoding="utf-8").encode()).hexdigest() == digest, (
+            f"{name} changed: make fit-points"
+        )
     with points.TABLE.open(encoding="utf-8", newline="") as file:
         table = list(csv.reader(file))
     assert len(table) == summary["phrases"] + 2 and len({row[0] for row in table}) == len(table)
