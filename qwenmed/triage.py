@@ -126,10 +126,14 @@ def assess(question: str) -> Urgency:
         reason = f"分1 整句话像急症（{'、'.join(telling(text))}）"
         return Urgency(EMERGENCY, (reason,), advice, advice in _CRISIS_ADVICE or crisis >= CRISIS_BESIDES)
     if emergencies or (fired and weight.today >= DOUBT):
-        return Urgency(URGENT, _reasons(emergencies or fired), is_crisis=weigh_crisis(text) >= CRISIS)
-    if weight.today >= alarm:
-        return Urgency(URGENT, ("分2 整句话像当天要看的病",), is_crisis=weigh_crisis(text) >= CRISIS)
-    return Urgency(ROUTINE)
+        reasons = _reasons(emergencies or fired)
+    elif weight.today >= alarm:
+        reasons = ("分2 整句话像当天要看的病",)
+    else:
+        return Urgency(ROUTINE)
+    # A rule of self-harm that was doubted keeps its helpline.
+    is_crisis = any(rule.advice in _CRISIS_ADVICE for rule, _ in emergencies) or weigh_crisis(text) >= CRISIS
+    return Urgency(URGENT, reasons, is_crisis=is_crisis)
 
 
 def _fired(present: dict[str, str], cues: frozenset[str]) -> list[tuple[Rule, str]]:

@@ -103,6 +103,12 @@ def test_helpline_is_named_wherever_somebody_is_in_a_crisis():
     assert not assess("我爸突然胸口疼得厉害，左胳膊也疼，出了一身冷汗").is_crisis
 
 
+def test_doubted_rule_of_self_harm_keeps_the_helpline():
+    found = assess("最近总是不想活，但只是想想，能去看心理医生吗")
+    assert found.level in (EMERGENCY, URGENT) and found.is_crisis
+    assert "12356" in triage.close_answer("可以去看心理医生。", urgency=found)
+
+
 def test_helpline_stands_once_below_an_answer_and_is_not_the_models_words():
     shown = triage.close_answer("睡不好可以先调整作息。", urgency=Urgency(URGENT, ("",), is_crisis=True))
     assert shown.count("12356") == 1 and shown.endswith(triage.DISCLAIMER)
