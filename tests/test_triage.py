@@ -253,6 +253,15 @@ def test_emergency_text_comes_before_any_model_is_loaded(tmp_path):
         next(stream)
 
 
+@pytest.mark.parametrize(
+    ("piece", "size"),
+    [("1", 10**6), ("体温 ", 10**5), ("a", 10**6), ("血糖", 10**5), ("血氧12 ", 10**5), ("十", 10**5), ("没有", 10**5)],
+)
+def test_no_pattern_loses_itself_in_a_long_text(piece, size):
+    # A pattern that backtracks would take hours here, not a second or two.
+    assert assess(piece * (size // len(piece))).level in (ROUTINE, URGENT, EMERGENCY)
+
+
 def test_triage_option_classifies_without_a_model(tmp_path):
     done = run_script("medical_assistant.py", "--triage", "-q", "老公突然昏过去，叫不醒", cwd=tmp_path)
     row = json.loads(done.out)
