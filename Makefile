@@ -16,7 +16,7 @@
 # make bench-plan   显存计划与逐个操作数出来的相比（约 8 分钟）
 # make bench-levers 训练的每一种省法，逐个量（约 3 分钟）
 # make bench-serve 服务的负载：32 个客户端、500 个断开的、一万个错误的请求（约 5 分钟）
-# make fit-points 由 tests/triage 里标注的问题重新算出紧急程度的打分表（约 1 分钟）
+# make fit-points 由 tests/triage 里标注的问题重新算出紧急程度的打分表，再量一遍（约 2 分钟）
 # make lint   代码检查：ruff 与 mypy
 # make fuzz   模糊测试（可选，Linux；每个目标 FUZZ_SECONDS 秒）
 # make lock   重新生成 requirements.lock（带哈希）

@@ -7,6 +7,7 @@ them to benchmarks/results/points.json. Run it again after adding or correcting 
 
 import csv
 import hashlib
+import io
 import json
 import re
 import sys
@@ -89,10 +90,11 @@ def weights(present: csr_matrix, is_positive: np.ndarray) -> list[int]:
 
 def write(path: Path, head: tuple[str, ...], table: dict[str, tuple[int, ...]]) -> None:
     """Write a table, the empty phrase first, then by its first points."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(head)
-        writer.writerows((p, *table[p]) for p in sorted(table, key=lambda p: (p != "", -table[p][0], p)))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows((p, *table[p]) for p in sorted(table, key=lambda p: (p != "", -table[p][0], p)))
+    files.write_whole({path: text.getvalue()})
 
 
 def cross_validate(found: list[set[str]], strata: np.ndarray, judged: np.ndarray, *targets: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from qwenmed.batch import Request, Requests, results_file
 
 
 def classify(requests: Iterable[Request], output: Path | None) -> int:
-    """`--triage`: how urgent each question is, by the rules alone; exit status 3 if a row can't be read."""
+    """`--triage`: how urgent each question is, by rules and points, without a model; exit status 3 if a row can't be read."""
     failed = 0
     with files.growing_file(output) if output else contextlib.nullcontext(sys.stdout) as out:
         for request in requests:

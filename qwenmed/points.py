@@ -8,7 +8,9 @@ questions there. The points of the phrases in a text, each counted once, are add
 
 import csv
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from qwenmed.signs import TABLES, pieces
 
@@ -18,6 +20,8 @@ LONGEST = 300
 
 TABLE = TABLES / "points.csv"
 CRISIS_TABLE = TABLES / "crisis.csv"
+
+_Number = TypeVar("_Number", int, complex)
 
 
 class Points(NamedTuple):
@@ -34,22 +38,17 @@ class Points(NamedTuple):
 
 def weigh(text: str) -> Points:
     """The points of a normalised text, in time proportional to its length."""
-    if len(text) <= LONGEST:
-        return _weigh(text)
-    weights = [_weigh(piece) for piece in pieces(text, LONGEST)]
-    return Points(max(w.emergency for w in weights), max(w.today for w in weights))
-
-
-def _weigh(text: str) -> Points:
-    table = _table()
-    total = sum(filter(None, map(table.get, phrases(text))), table[""])
-    return Points(int(total.real), int(total.imag))
+    sums = [_sum(_table(), piece) for piece in pieces(text, LONGEST)]
+    return Points(int(max(each.real for each in sums)), int(max(each.imag for each in sums)))
 
 
 def weigh_crisis(text: str) -> int:
     """For suicide, self-harm or violence against other emergencies: points of a normalised text."""
-    table = _crisis_table()
-    return max(sum(table.get(phrase, 0) for phrase in phrases(piece)) + table[""] for piece in pieces(text, LONGEST))
+    return max(_sum(_crisis_table(), piece) for piece in pieces(text, LONGEST))
+
+
+def _sum(table: Mapping[str, _Number], text: str) -> _Number:
+    return sum(filter(None, map(table.get, phrases(text))), table[""])
 
 
 def phrases(text: str) -> set[str]:
@@ -76,11 +75,15 @@ def telling(text: str, count: int = 3) -> tuple[str, ...]:
 @functools.cache
 def _table() -> dict[str, complex]:
     """Phrase → both points as one number, emergency + today·i: one look-up and one addition serve for both."""
-    with TABLE.open(encoding="utf-8-sig", newline="") as file:
-        return {row[0]: complex(int(row[1]), int(row[2])) for row in list(csv.reader(file))[1:]}
+    return {phrase: complex(int(emergency), int(today)) for phrase, emergency, today in _rows(TABLE)}
 
 
 @functools.cache
 def _crisis_table() -> dict[str, int]:
-    with CRISIS_TABLE.open(encoding="utf-8-sig", newline="") as file:
-        return {row[0]: int(row[1]) for row in list(csv.reader(file))[1:]}
+    return {phrase: int(points) for phrase, points in _rows(CRISIS_TABLE)}
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The rows of a table below its head."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.reader(file))[1:]

@@ -224,8 +224,7 @@ def emergency_text(urgency: Urgency) -> str:
     if urgency.level != EMERGENCY:
         return ""
     do, avoid = _advice()[urgency.advice]
-    is_crisis = urgency.is_crisis or urgency.advice in _CRISIS_ADVICE
-    call = "请立即拨打120，并拨打心理援助热线12356" if is_crisis else "请立即拨打120"
+    call = "请立即拨打120，并拨打心理援助热线12356" if urgency.is_crisis else "请立即拨打120"
     return f"{EMERGENCY_MARK}{call}！您描述的情况可能有生命危险，请先做下面的事，不要等待网上的回答。\n现在：{do}\n注意：{avoid}"
 
 
