@@ -117,7 +117,9 @@ def assess(question: str) -> Urgency:
     is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
     if emergencies and (is_certain or weight.emergency >= DOUBT):
         advice = emergencies[0][0].advice
-        is_crisis = advice in _CRISIS_ADVICE or weigh_crisis(text) >= CRISIS_BESIDES
+        # Who took poison and speaks of dying; beside another first rule a word of self-harm is mostly misread.
+        telling_rules = emergencies if advice == "中毒" else emergencies[:1]
+        is_crisis = _has_crisis(telling_rules) or weigh_crisis(text) >= CRISIS_BESIDES
         return Urgency(EMERGENCY, _reasons(emergencies), advice, is_crisis)
     alarm = ALARM_IN_A_LESSON if "强求知" in findings.cues else ALARM
     if weight.emergency >= alarm:
@@ -132,8 +134,12 @@ def assess(question: str) -> Urgency:
     else:
         return Urgency(ROUTINE)
     # A rule of self-harm that was doubted keeps its helpline.
-    is_crisis = any(rule.advice in _CRISIS_ADVICE for rule, _ in emergencies) or weigh_crisis(text) >= CRISIS
+    is_crisis = _has_crisis(emergencies) or weigh_crisis(text) >= CRISIS
     return Urgency(URGENT, reasons, is_crisis=is_crisis)
+
+
+def _has_crisis(fired: list[tuple[Rule, str]]) -> bool:
+    return any(rule.advice in _CRISIS_ADVICE for rule, _ in fired)
 
 
 def _fired(present: dict[str, str], cues: frozenset[str]) -> list[tuple[Rule, str]]:
