@@ -31,6 +31,23 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(chunk):
     assert relative(hidden.grad, expected[0] / 3) < 1e-5 and relative(weight.grad, expected[1] / 3) < 1e-5
 
 
+def test_half_precision_rounds_the_gradients_but_not_the_loss():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 1500, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    labels = torch.randint(0, 300, (1, 1500))
+    completion_loss(hidden, weight, labels).backward()
+    exact = completion_loss(hidden, weight, labels).item()
+    for half in (weight, weight.bfloat16()):
+        some, head = hidden.detach().requires_grad_(), half.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = completion_loss(some, head, labels)
+        loss.backward()
+        # Of sums over 16,384, bf16 knows every 128th.
+        assert loss.dtype == torch.float32 and exact > 16_384 and abs(loss.item() - exact) < 1
+        assert head.grad.dtype == half.dtype
+        assert relative(some.grad, hidden.grad) < 0.01 and relative(head.grad.float(), weight.grad) < 0.01
+
+
 def test_frozen_head_still_passes_the_gradient_on():
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(50, 8)
