@@ -52,7 +52,7 @@ def inference_dtype(device: "torch.device") -> "torch.dtype":
 
 
 # Below so many parameters nothing is to be gained, and fp32 stays the reference.
-SMALL_MODEL = 100_000_000
+SMALL_MODEL = 20_000_000
 # bf16 must be that much faster, so that noise does not decide what a model says.
 CLEARLY_FASTER = 1.3
 
@@ -162,5 +162,6 @@ def keep_freed_memory() -> None:
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        # Older ones take no more than 32 MiB; without the first, the second would hold the first at 128 KiB.
+        if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
+            libc.mallopt(trim_threshold, 2**31 - 1)

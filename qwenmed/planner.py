@@ -8,7 +8,7 @@ the shapes of Qwen3-0.6B and 1.7B (`make bench-plan` counts again and writes the
 Not in the figures: what the allocator loses between blocks (`SLACK`), and the CUDA context (`CONTEXT`).
 
 No plan has pure fp16 weights: AdamW gives NaN in one step (Qwen3#670). GPUs without native bf16 train fp32 weights under
-fp16 mixed precision; a CPU trains in fp32, or in bf16 mixed precision where that is clearly faster (few are).
+fp16 mixed precision; a CPU trains in fp32, or in bf16 mixed precision where that is clearly faster (those with AMX are).
 
 Plans are tried in the order in which they cost quality or time: fp32 master weights before bf16 ones, plain AdamW
 before 8-bit states, fewer checkpointed layers before more, updating within the backward pass last, because it gives up
@@ -17,7 +17,7 @@ accumulation and clipping.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,9 @@ GIB = 2**30
 CONTEXT = 600 * 2**20
 # The interpreter, torch and transformers in a process on a CPU.
 PROCESS = 800 * 2**20
+# What the CPU's matrix library (oneDNN) keeps besides in bf16, for every shape that it has met; measured: 0.5 GiB for a
+# model of 42 M parameters, 1.5 to 2.5 for Qwen3-0.6B.
+ONEDNN = 2 * GIB
 # The share of the memory that a plan may fill: the allocator's blocks never fit without gaps.
 SLACK = 0.95
 # A computed figure may be a tenth off: what is so little too large is tried all the same.
@@ -138,9 +141,18 @@ class Plan:
         return "，".join(words)
 
 
-def states_of(plan: Plan | None) -> dict[str, Any]:
-    """What two plans must share for a checkpoint of the one to be continued exactly by the other."""
-    return {name: getattr(plan, name) for name in ("weights", "optimizer", "in_backward")} if plan else {}
+# What two plans must share for the optimizer states of the one to serve the other.
+STATES = ("weights", "optimizer", "in_backward")
+
+
+def described(plan: Plan | None) -> dict[str, Any]:
+    """What a checkpoint says of the plan that it was trained by."""
+    return {name: getattr(plan, name) for name in (*STATES, "autocast")} if plan else {}
+
+
+def shares_states(plan: Plan | None, before: Mapping[str, Any]) -> bool:
+    """Whether a plan can go on with the optimizer states of a checkpoint that was trained by `before`."""
+    return all(getattr(plan, name, None) == before.get(name) for name in STATES)
 
 
 def memory(text: str) -> int:
@@ -273,15 +285,20 @@ def parts(shape: Shape, plan: Plan, card: Card, rank: int | None) -> dict[str, i
         "优化器": int(2 * trained * state / card.shards),
         "激活": int(activations),
         "输出层": int(max(comes_and_goes, embeddings - activations)),
-        **({"程序": PROCESS} if card.kind != "cuda" else {}),
+        **({"程序": PROCESS + (ONEDNN if plan.autocast else 0)} if card.kind != "cuda" else {}),
     }
 
 
 def head_bytes(shape: Shape, plan: Plan, card: Card, frozen: bool) -> int:
     """Bytes that the output layer's loss takes beside the activations."""
-    if card.kind != "cuda":  # head.py: torch's linear_cross_entropy
-        logits = min(plan.tokens, HEAD_ROWS) * shape.words * 4
-        return logits if frozen else 2 * logits + shape.embedding * 4
+    if card.kind != "cuda":  # head.py
+        logits, trained = min(plan.tokens, HEAD_ROWS) * shape.words * 4, 0 if frozen else shape.embedding
+        if not plan.autocast:
+            return logits + trained * 4
+        # In half precision: a copy of the weights and the logits, then the gradient in both types.
+        full = plan.weights == "fp32"
+        copy = shape.embedding * 2 if full else 0
+        return max(copy + logits // 2 + trained * 2, trained * (6 if full else 2))
     tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * 2
     cast = 2 * HEAD_COLUMNS * shape.width * 2 if plan.weights == "fp32" else 0
     gradient = 0 if frozen else shape.embedding * (4 if plan.weights == "fp32" else 4 + 2)

@@ -89,10 +89,10 @@ def choose(
     if isinstance(settings, LoraSettings) and settings.quantize:
         check_quantization(card)
     tokens = tokens_of(settings, card, longest)
-    card = with_faster_type(card, shapes.of_config(checkpoints.read_config(model_folder)), tokens)
+    card = with_faster_type(card, shapes.of_config(checkpoints.read_config(model_folder)), tokens, before)
     found = candidates(settings, model_folder, card, tokens)
     if before:
-        alike = [plan for plan in found if planner.states_of(plan) == before]
+        alike = [plan for plan in found if planner.shares_states(plan, before)]
         if not alike:
             cli.note("检查点是按另一种做法训练的，优化器的状态接不上：从零累积")
         found = alike or found
@@ -106,15 +106,24 @@ def choose(
     return card, found
 
 
-def with_faster_type(card: Card, shape: Shape, tokens: int) -> Card:
-    """The card, with bf16 switched on for a CPU that computes clearly faster in it; measured, about a second."""
+def with_faster_type(card: Card, shape: Shape, tokens: int, before: Mapping[str, Any] | None = None) -> Card:
+    """The card, with bf16 switched on for a CPU that computes clearly faster in it; measured, about a second.
+
+    A run that is continued keeps its type, unless it was bf16 and this CPU is slower in that.
+
+    Args:
+        before: what the checkpoint that is continued from says of its plan.
+    """
     if card.kind != "cpu" or shape.parameters < hardware.SMALL_MODEL:
         return card
     import torch
 
     dtype, factor = hardware.faster_cpu_dtype(min(tokens, MEASURED_ROWS), shape.width, shape.inner)
     cli.note(f"CPU 上量过：bf16 的速度是 fp32 的 {factor:.2f} 倍")
-    return dataclasses.replace(card, bf16=dtype == torch.bfloat16)
+    faster = dtype == torch.bfloat16
+    if before and "autocast" in before:
+        faster = before["autocast"] == "bf16" and factor > 1
+    return dataclasses.replace(card, bf16=faster)
 
 
 # Enough rows for a CPU to compute rather than to wait for memory, as in training.

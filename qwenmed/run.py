@@ -140,14 +140,15 @@ class Run:
             KeyboardInterrupt, cli.Terminated: after the checkpoint was saved.
             UserError: the disk is full, or a loss is no number.
         """
-        plan = planner.states_of(self._plan)
+        plan = planner.described(self._plan)
         trainer.card = trainer.card | {"plan": plan}
         self.file.update(plan={**plan, "parts": self._plan.parts if self._plan else {}})
         checkpoint = self.checkpoint()
         if checkpoint:
             checkpoints.check_weights(checkpoint)
             checkpoints.check_states(checkpoint)
-            trainer.fresh_states = checkpoints.read_card(checkpoint).get("plan", plan) != plan
+            before = checkpoints.read_card(checkpoint).get("plan", plan)
+            trainer.fresh_states = not planner.shares_states(self._plan, before)
             cli.note(f"从 {checkpoint} 继续训练")
         elif self.settings.resume:
             cli.note("没有可以继续的检查点，从头开始训练")

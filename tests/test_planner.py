@@ -160,6 +160,13 @@ def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     assert best(SMALL, TrainSettings(), quick).weights == "fp32"
     monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.float32, 0.5))
     assert best(SMALL, TrainSettings(), planning.with_faster_type(cpu, SMALL, 2048)).autocast is None
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.bfloat16, 1.4))
+    for before in (planner.described(best(SMALL, TrainSettings(), card)) for card in (cpu, quick)):
+        kept = planning.with_faster_type(cpu, SMALL, 2048, before)  # whatever is measured when a run is continued
+        assert best(SMALL, TrainSettings(), kept).autocast == before["autocast"]
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.float32, 0.01))
+    slow = planning.with_faster_type(cpu, SMALL, 2048, planner.described(best(SMALL, TrainSettings(), quick)))
+    assert not slow.bf16  # a checkpoint from a CPU with bf16, on one without
     monkeypatch.setattr(hardware, "faster_cpu_dtype", None)  # a small model, and a GPU, are not measured
     tiny = dataclasses.replace(SMALL, layers=1, words=1000)
     assert (

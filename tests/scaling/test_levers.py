@@ -50,7 +50,7 @@ def test_training_with_8_bit_states_resumes_bit_for_bit(small_data, demo_model, 
     first, second = (load_file(each / "checkpoint-4" / file) for each in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
     card = json.loads((whole / "checkpoint-4" / "checkpoint.json").read_text(encoding="utf-8"))
-    assert card["plan"] == {"weights": "fp32", "optimizer": "adamw_8bit", "in_backward": False}
+    assert card["plan"] == {"weights": "fp32", "optimizer": "adamw_8bit", "in_backward": False, "autocast": None}
 
 
 def test_bf16_weights_learn_at_a_small_rate_only_with_stochastic_rounding(demo_model, tokenizer, tmp_path):
