@@ -10,12 +10,14 @@ Imports torch at once, so import this module where it is used.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from qwenmed.hardware import HEAD_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rows that are worked on by turns: at 151,936 words 5 MB in fp32, so that they need not be fetched from memory each time.
 ROWS_IN_CACHE = 8
@@ -104,7 +106,7 @@ def completion_loss(
         return ChunkedLoss.apply(hidden[:, :-1][counts], weight, targets[counts], chunk_rows, dtype)
 
 
-def add_loss_head(model: PreTrainedModel) -> None:
+def add_loss_head(model: "PreTrainedModel") -> None:
     """Let `model(..., labels=…, only_loss=True)` return its `completion_loss`; other calls stay as they are.
 
     Going through the model's own call keeps wrappers around it (LoRA, data parallelism) at work.

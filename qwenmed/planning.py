@@ -174,6 +174,7 @@ def overview(settings: TrainSettings) -> str:
         card = planner.imagined_card(planner.memory(settings.gpu_memory))
     else:
         card = card_of(hardware.pick_device(settings.device), settings)
+        card = with_faster_type(card, shape, tokens_of(settings, card, None))
     tokens = tokens_of(settings, card, None)
     chosen, why = None, ""
     try:

@@ -158,6 +158,8 @@ def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     quick = planning.with_faster_type(cpu, SMALL, 2048)
     assert best(SMALL, TrainSettings(), quick).autocast == "bf16"
     assert best(SMALL, TrainSettings(), quick).weights == "fp32"
+    said = planning.overview(LoraSettings(model="Qwen/Qwen3-0.6B", device="cpu"))
+    assert "bf16 自动混合精度" in said  # --plan says what a run would do
     monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.float32, 0.5))
     assert best(SMALL, TrainSettings(), planning.with_faster_type(cpu, SMALL, 2048)).autocast is None
     monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.bfloat16, 1.4))
