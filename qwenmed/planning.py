@@ -116,14 +116,13 @@ def with_faster_type(card: Card, shape: Shape, tokens: int, before: Mapping[str,
     """
     if card.kind != "cpu" or shape.parameters < hardware.SMALL_MODEL:
         return card
-    import torch
-
-    dtype, factor = hardware.faster_cpu_dtype(min(tokens, MEASURED_ROWS), shape.width, shape.inner)
+    before = before or {}
+    if "autocast" in before and before["autocast"] is None:
+        return card
+    _, factor = hardware.faster_cpu_dtype(min(tokens, MEASURED_ROWS), shape.width, shape.inner)
     cli.note(f"CPU 上量过：bf16 的速度是 fp32 的 {factor:.2f} 倍")
-    faster = dtype == torch.bfloat16
-    if before and "autocast" in before:
-        faster = before["autocast"] == "bf16" and factor > 1
-    return dataclasses.replace(card, bf16=faster)
+    wanted = 1 if before.get("autocast") == "bf16" else hardware.CLEARLY_FASTER
+    return dataclasses.replace(card, bf16=factor >= wanted)
 
 
 # Enough rows for a CPU to compute rather than to wait for memory, as in training.
@@ -174,8 +173,8 @@ def overview(settings: TrainSettings) -> str:
         card = planner.imagined_card(planner.memory(settings.gpu_memory))
     else:
         card = card_of(hardware.pick_device(settings.device), settings)
-        card = with_faster_type(card, shape, tokens_of(settings, card, None))
     tokens = tokens_of(settings, card, None)
+    card = with_faster_type(card, shape, tokens)
     chosen, why = None, ""
     try:
         chosen = planner.choose(shape, settings, card, tokens, torchao=True)[0]

@@ -147,8 +147,7 @@ class Run:
         if checkpoint:
             checkpoints.check_weights(checkpoint)
             checkpoints.check_states(checkpoint)
-            before = checkpoints.read_card(checkpoint).get("plan", plan)
-            trainer.fresh_states = not planner.shares_states(self._plan, before)
+            trainer.fresh_states = not planner.shares_states(self._plan, self.plan_before() or plan)
             cli.note(f"从 {checkpoint} 继续训练")
         elif self.settings.resume:
             cli.note("没有可以继续的检查点，从头开始训练")

@@ -113,6 +113,11 @@ def run_script(
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def log_history(run: Path) -> list[dict]:
+    """What a run has logged, as its run.json tells it."""
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))["log_history"]
+
+
 def assert_user_error(done: Finished, *words: str) -> None:
     """One clear line on stderr that names everything in `words`, status 2, no traceback."""
     assert done.status == 2, (done.status, done.err)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_user_error, cpu_config, run_script
+from conftest import ROOT, assert_user_error, cpu_config, log_history, run_script
 
 from qwenmed import chat, checkpoints, configuration, run, training
 from qwenmed.engine import Generation
@@ -297,8 +297,7 @@ def _wait_for(file, process):
 
 
 def _losses(folder):
-    history = json.loads((folder / "run.json").read_text(encoding="utf-8"))["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    return [(entry["step"], entry["loss"]) for entry in log_history(folder) if "loss" in entry]
 
 
 def test_broken_tracker_does_not_stop_the_training(small_data, demo_model):
@@ -373,8 +372,7 @@ def test_yaml_settings_apply_and_the_command_line_wins(small_data, demo_model):
 
 
 def test_best_by_last_keeps_the_last_checkpoint_even_when_validation_gets_worse(trained):
-    history = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))["log_history"]
-    validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    validation = [entry["eval_loss"] for entry in log_history(trained.run) if "eval_loss" in entry]
     assert validation[-1] > validation[0]  # it is learning by heart
     assert checkpoints.run_checkpoint(trained.run, "best").name == "checkpoint-110"
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log_history
 from safetensors.torch import load_file
 
 QUANT = ROOT / ".cache" / "quant"
@@ -31,10 +31,6 @@ def run(*command, cwd):
     return done
 
 
-def history(folder):
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))["log_history"]
-
-
 @pytest.mark.parametrize("script", ["train.py", "train_lora.py"])
 def test_training_with_8_bit_states_resumes_bit_for_bit(small_data, demo_model, tmp_path, script):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -44,7 +40,7 @@ def test_training_with_8_bit_states_resumes_bit_for_bit(small_data, demo_model, 
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoint-4")
     run(*both, "--output-dir", broken, "--resume", cwd=small_data)
-    found = [[entry["loss"] for entry in history(each) if "loss" in entry] for each in (whole, broken)]
+    found = [[entry["loss"] for entry in log_history(each) if "loss" in entry] for each in (whole, broken)]
     assert found[0] == found[1] and found[0][-1] < found[0][0]
     file = "model.safetensors" if script == "train.py" else "adapter_model.safetensors"
     first, second = (load_file(each / "checkpoint-4" / file) for each in (whole, broken))

@@ -1,13 +1,12 @@
 """Two processes train as one would: the same losses at the same global batch, one checkpoint, one voice."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, log_history, run_script
 from safetensors.torch import load_file
 
 from qwenmed import checkpoints, processes
@@ -25,8 +24,7 @@ def launch(config, script, *arguments, cwd):
 
 
 def losses(folder):
-    history = json.loads((folder / "run.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry[kind] for entry in history for kind in ("loss", "eval_loss") if kind in entry]
+    return [entry[kind] for entry in log_history(folder) for kind in ("loss", "eval_loss") if kind in entry]
 
 
 @pytest.mark.parametrize(

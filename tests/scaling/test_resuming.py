@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, log_history, run_script
 from safetensors.torch import load_file
 
 import train
@@ -45,7 +45,7 @@ def run_json(folder):
 
 
 def losses(folder):
-    return {entry["step"]: entry["loss"] for entry in run_json(folder)["log_history"] if "loss" in entry}
+    return {entry["step"]: entry["loss"] for entry in log_history(folder) if "loss" in entry}
 
 
 def weights(checkpoint):
