@@ -182,13 +182,13 @@ def _open(path: Path, threads: int | None) -> "Llama":
         if file.read(len(MAGIC)) != MAGIC:
             raise UserError("这不是 GGUF 文件", path, "--engine llama.cpp 需要 .gguf 文件；检查点目录用默认的引擎")
     try:
-        from llama_cpp import Llama
+        from qwenmed import llama
     except ImportError as error:
         raise UserError(f"没有安装 llama-cpp-python（{error}）", None, "请运行 pip install -e '.[gguf]'") from None
     try:
         # The binding takes llama.cpp's warnings for errors and prints them; what matters is raised.
         with contextlib.redirect_stderr(io.StringIO()):
-            return Llama(str(path), n_ctx=CONTEXT, n_threads=threads, verbose=False)
+            return llama.load(path, n_ctx=CONTEXT, n_threads=threads)
     except Exception as error:  # ValueError, AssertionError, MemoryError, whatever the binding meets
         raise UserError(f"GGUF 文件无法载入：{str(error)[:200]}", path, "文件可能不完整，请重新导出或下载") from error
 

@@ -203,9 +203,9 @@ def _gguf_stop_ids(file: Path) -> list[int]:
 
 
 def _by_llama(job: Job) -> Result:
-    from llama_cpp import Llama
+    from qwenmed.llama import load
 
-    llama = Llama(job.artefact, n_ctx=job.context, logits_all=True, verbose=False)
+    llama = load(job.artefact, n_ctx=job.context, logits_all=True)
     reads = [
         _read_by_llama(llama, job, number, messages, reply)
         for number, (messages, reply) in enumerate(zip(job.conversations, job.replies, strict=True))

@@ -17,6 +17,7 @@ Limits: eight questions find a broken export, not a small loss of quality; for t
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -277,9 +278,20 @@ def read_in_fresh_process(
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"状态 {done.returncode}"]
-        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{lines[-1][:300]}", None, "没有留下结果")
+        what, remedy = _why_it_ended(done)
+        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{what}", None, f"没有留下结果{remedy}")
     return read_back.read_result(folder)
+
+
+def _why_it_ended(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """Why the reader failed, in a line, and what can be done where it is known."""
+    if done.returncode == -signal.SIGILL:
+        rebuild = "；请为这台电脑重新编译：pip install --force-reinstall --no-cache-dir -e '.[gguf]'"
+        return "它为另一种 CPU 编译过，这台 CPU 没有其中的指令（SIGILL）", rebuild
+    if done.returncode < 0:
+        return f"它的进程被信号 {signal.Signals(-done.returncode).name} 终止", ""
+    lines = done.stderr.strip().splitlines() or [f"状态 {done.returncode}"]
+    return lines[-1][:300], ""
 
 
 def compare(reference: Reference, result: read_back.Result, reader: str, bound: Bound) -> Comparison:

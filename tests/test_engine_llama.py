@@ -60,6 +60,20 @@ def test_greedy_text_is_the_same_as_with_transformers(llama, at_home, trained, b
     assert [list(llama.stream(prompt))[-1] for prompt in asked] == theirs
 
 
+def test_weights_are_not_repacked_where_llama_cpp_would_use_amx(gguf_file, trained, monkeypatch):
+    from qwenmed import llama as loading
+    from qwenmed.engine_llama import LlamaEngine
+
+    said = loading.llama_print_system_info().replace(b"AMX_INT8 = 1 | ", b"")
+    monkeypatch.setattr(loading, "llama_print_system_info", lambda: said)
+    repacked = LlamaEngine(gguf_file, GREEDY)
+    monkeypatch.setattr(loading, "llama_print_system_info", lambda: said + b"AMX_INT8 = 1 | ")
+    plain = LlamaEngine(gguf_file, GREEDY)
+    assert [each._llama.model_params.use_extra_bufts for each in (repacked, plain)] == [True, False]
+    prompt = prompts(trained)[0]
+    assert list(plain.stream(prompt))[-1] == list(repacked.stream(prompt))[-1]
+
+
 def test_seed_fixes_the_sampling(gguf_file, trained):
     from qwenmed.engine_llama import LlamaEngine
 

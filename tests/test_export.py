@@ -338,6 +338,23 @@ def test_artefact_that_can_not_be_read_is_one_line(best, trained, tmp_path):
         )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals")
+@pytest.mark.parametrize(
+    ("name", "words"), [("SIGILL", "为另一种 CPU 编译.*SIGILL.*--no-cache-dir"), ("SIGKILL", "信号 SIGKILL 终止")]
+)
+def test_reader_that_was_killed_says_by_what(best, trained, tmp_path, monkeypatch, name, words):
+    killed = tmp_path / "qwenmed"
+    killed.mkdir()
+    (killed / "__init__.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n", encoding="utf-8")
+    monkeypatch.setattr(self_test, "__file__", str(killed / "self_test.py"))
+    monkeypatch.chdir(tmp_path)
+    asked = chat.user_messages(trained.rows[0]["question"], GENERAL_PROMPT)
+    with pytest.raises(UserError, match=f"读不出.*{words}"):
+        self_test.run(
+            best, tmp_path, read_back.TRANSFORMERS, self_test.BOUNDS["exact"], [asked], 4, torch.device("cpu"), tmp_path
+        )
+
+
 # --- the script ------------------------------------------------------------------------------------------------------
 
 

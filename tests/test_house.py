@@ -64,6 +64,7 @@ FLOORS = [
         "engine_transformers",
         "server_reply",
         "engine_openai",
+        "llama",
         "engine_llama",
         "read_back",
         "scheduler",
@@ -96,7 +97,7 @@ HEAVY = {
 }  # fmt: skip
 
 # What these define derives from classes of the heavy libraries; they are imported inside of functions.
-HEAVY_MODULES = {"callbacks", "decoding", "head", "api_types", "api"}
+HEAVY_MODULES = {"callbacks", "decoding", "head", "llama", "api_types", "api"}
 
 MODULES = {path.stem: path for path in (ROOT / "qwenmed").glob("*.py") if path.stem != "__init__"}
 PRODUCT = [*MODULES.values(), *(ROOT / f"{name}.py" for name in SCRIPTS)]
