@@ -4,9 +4,11 @@ Exit status: 0 done, 2 the user can mend it, 3 done but some rows failed, 130 Ct
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import errno
+import locale
 import os
 import signal
 import sys
@@ -188,15 +190,26 @@ LONGEST_INPUT = 10_000_000
 
 
 def read_stdin(what: str) -> str:
-    """What is piped in, as UTF-8; bytes that are none are replaced.
+    """What is piped in: UTF-8, or the encoding of this machine's own pipes. Never half of it: a rule looks for words.
 
     Raises:
-        UserError: more than any context holds.
+        UserError: more than any context holds, in another encoding, or its words were lost on the way.
     """
     data = sys.stdin.buffer.read(LONGEST_INPUT + 1) if sys.stdin else b""
     if len(data) > LONGEST_INPUT:
         raise UserError(f"标准输入里的{what}超过 {LONGEST_INPUT // 1_000_000} MB", None, "请检查管道的来源")
-    return data.decode("utf-8-sig", errors="replace")
+    marked = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    for encoding in (marked, locale.getpreferredencoding(False)):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            text = data.decode(encoding)
+            break
+    else:
+        remedy = "请把文件另存为 UTF-8；在 Windows 上用管道之前先运行 chcp 65001"
+        raise UserError(f"标准输入里的{what}不是 UTF-8 编码", None, remedy)
+    if text.isascii() and text.count("?") > sum(map(str.isalnum, text)):  # what Windows PowerShell makes of Chinese
+        remedy = "在 PowerShell 里先运行 $OutputEncoding = [Text.Encoding]::UTF8"
+        raise UserError(f"标准输入里的{what}只剩下问号", None, remedy)
+    return text
 
 
 def run(main: Callable[[], int | None]) -> typing.NoReturn:

@@ -1,6 +1,8 @@
 """Inference and the assistant over a model that has learnt eight records by heart."""
 
+import io
 import json
+import locale
 import os
 import stat
 import sys
@@ -8,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
+from qwenmed import cli
 from qwenmed.errors import UserError
 from qwenmed.triage import DISCLAIMER, EMERGENCY, assess
 
@@ -186,6 +189,31 @@ def test_interactive_mode_by_pipe(trained, tmp_path):
 def test_interactive_mode_ends_with_the_input(trained, tmp_path):
     done = run_script("medical_assistant.py", "-c", trained.run, "-s", "diagnosis", cwd=tmp_path, stdin="")
     assert done.status == 0 and "Traceback" not in done.err
+
+
+QUESTION_ON_WINDOWS = "我爸突然胸口疼，出了一身冷汗"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk"])
+def test_piped_question_is_understood_in_the_encoding_of_the_pipe(monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(QUESTION_ON_WINDOWS.encode(encoding))))
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda do_setlocale: "cp936")
+    assert cli.read_stdin("问题") == QUESTION_ON_WINDOWS
+
+
+@pytest.mark.parametrize(
+    ("piped", "words"),
+    [
+        (QUESTION_ON_WINDOWS.encode("gbk"), ["不是 UTF-8", "chcp 65001"]),
+        (QUESTION_ON_WINDOWS.encode()[:-1], ["不是 UTF-8"]),
+        (b"????????\r\n", ["问号", "$OutputEncoding"]),
+        (b"??3???39?\r\n", ["问号", "$OutputEncoding"]),
+    ],
+)
+def test_piped_question_whose_words_are_lost_is_refused_and_not_called_routine(tmp_path, piped, words):
+    done = run_script("medical_assistant.py", "--triage", "-q", "-", cwd=tmp_path, stdin=piped)
+    assert_user_error(done, *words)
+    assert "routine" not in done.out
 
 
 def test_inference_by_pipe_finds_latest_and_prints_json(trained):
