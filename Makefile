@@ -22,16 +22,21 @@
 # make lock   重新生成 requirements.lock（带哈希）
 # make audit  用公开的漏洞库检查 requirements.lock
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 PY := $(CURDIR)/$(VENV)/bin/python
 ROOT := $(CURDIR)
 
 .PHONY: demo test test-faults test-exports test-serve test-data notebook test-notebook test-readme screenshots bench-assistant bench-eval bench-export bench-serve bench-data bench-train bench-plan bench-levers test-scaling fit-points lint fuzz lock audit clean
 
+NEW_ENOUGH = 'import sys; sys.exit(sys.version_info < (3, 11) and \
+  "需要 Python 3.11 或更新的版本，这里是 %d.%d：装好后运行 make PYTHON=/路径/python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
+
 # 一个装好固定版本的环境；requirements.txt 改变后自动更新。
+# --clear：不清空，venv 就留着旧的解释器，装了新的 Python 也用不上。
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c $(NEW_ENOUGH)
+	$(PYTHON) -m venv $$($(PY) -c $(NEW_ENOUGH) 2>/dev/null || echo --clear) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

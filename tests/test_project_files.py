@@ -1,9 +1,14 @@
 """What stands beside the code: licence, citation, changelog and hooks say the same as pyproject.toml."""
 
 import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -54,3 +59,44 @@ def test_hooks_run_the_ruff_that_lint_runs():
 def test_lint_checks_types_with_a_pinned_mypy():
     assert pinned("mypy") and "-m mypy" in read("Makefile")
     assert {"qwenmed", "*.py"} <= set(PYPROJECT["tool"]["mypy"]["files"])
+
+
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+def stand_in(path, version):
+    """A Python that says it is of this version; what it is to run with `-m` it only names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    code = (
+        f"import sys; sys.version_info = {version}; exec(sys.argv[2]) if sys.argv[1] == '-c' else print(sys.argv[2:])"
+    )
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def make_environment(folder, python):
+    """`make .venv/.ready` in a copy of what it reads."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", f"PYTHON={python}", ".venv/.ready"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False)
+
+
+@needs_make
+def test_python_that_is_too_old_is_named_before_an_environment_is_made(tmp_path):
+    done = make_environment(tmp_path, stand_in(tmp_path / "python", (3, 10, 12)))
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / ".venv").exists()
+    assert "需要 Python 3.11" in done.stderr and "3.10" in done.stderr
+    assert "make PYTHON=/路径/python3.11 .venv/.ready" in done.stderr
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("there", "made"), [((3, 10, 12), "['venv', '--clear', '.venv']"), ((3, 11, 0), "['venv', '.venv']")]
+)
+def test_environment_is_made_anew_only_where_its_python_is_too_old(tmp_path, there, made):
+    stand_in(tmp_path / ".venv" / "bin" / "python", there)
+    done = make_environment(tmp_path, stand_in(tmp_path / "python", (3, 12, 1)))
+    assert done.returncode == 0 and made in done.stdout, done.stderr
