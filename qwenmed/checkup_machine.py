@@ -24,6 +24,11 @@ PYTHON = (3, 11)
 FREE_DISK, FREE_MEMORY = 5e9, 4e9
 HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
 HUB_SECONDS = 5.0
+# Uninstalled first: to pip an installed 2.13.0+cpu is 2.13.0 already, whatever index it is pointed to.
+OTHER_TORCH = (
+    "先 pip uninstall -y torch，再 pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/{tag} "
+    "（{tag} 这一段按显卡和驱动在 pytorch.org 查）"
+)
 
 
 def environment(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
@@ -80,7 +85,9 @@ def gpu() -> Iterator[Finding]:
         own = f"sm_{properties.major}{properties.minor}"
         same_major = any(each.startswith(f"sm_{properties.major}") for each in supported)
         if supported and own not in supported and not same_major:
-            yield Finding(BAD, "GPU 架构", f"这个 torch 没有为 {own} 编译", "请安装支持这块卡的 torch（pytorch.org）")
+            older = (properties.major, properties.minor) < (7, 5)  # Volta and what came before: not in CUDA 13
+            fix = f"请换支持这块卡的 torch：{OTHER_TORCH.format(tag='cu126' if older else 'cu130')}"
+            yield Finding(BAD, "GPU 架构", f"这个 torch 没有为 {own} 编译", fix)
         if hardware.has_native_bf16(device):
             yield Finding(GOOD, "bf16", "原生支持")
         else:
@@ -93,10 +100,10 @@ def gpu() -> Iterator[Finding]:
         else:
             yield Finding(GOOD, "显存", f"{free / 2**30:.1f} / {total / 2**30:.1f} GiB 可用")
     elif driver and built is None:
-        fix = "按 pytorch.org 的说明安装带 CUDA 的 torch==2.13.0"
+        fix = f"请换带 CUDA 的 torch：{OTHER_TORCH.format(tag='cu130')}"
         yield Finding(BAD, "GPU", f"有 NVIDIA 驱动 {driver}，装的却是 CPU 版 torch {torch.__version__}", fix)
     elif driver:
-        fix = f"请把驱动升级到支持 CUDA {built} 的版本，或安装较低 CUDA 版本的 torch"
+        fix = f"请把驱动升级到支持 CUDA {built} 的版本，或换较低 CUDA 版本的 torch：{OTHER_TORCH.format(tag='cu126')}"
         yield Finding(BAD, "GPU", f"torch（CUDA {built}）用不了这块卡，驱动是 {driver}", fix)
     elif torch.backends.mps.is_available():
         yield Finding(GOOD, "GPU", "Apple MPS")

@@ -125,7 +125,14 @@ def test_fault_03_cpu_torch_beside_a_gpu_and_04_driver_too_old(tmp_path, monkeyp
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (finding,) = checkup_machine.gpu()
-    assert finding.mark == checkup.BAD and words in finding.found and "torch" in finding.fix
+    assert finding.mark == checkup.BAD and words in finding.found
+    assert_replaces_torch(finding.fix)
+
+
+def assert_replaces_torch(fix):
+    """pip counts an installed 2.13.0+cpu as 2.13.0 and leaves it where it is."""
+    pinned = checkup_machine.pins(checkup_machine.REQUIREMENTS)["torch"]
+    assert fix.index("pip uninstall -y torch") < fix.index(f"pip install torch=={pinned} --index-url https://")
 
 
 def fake_gpu(monkeypatch, capability=(9, 0), arches=("sm_80", "sm_90"), free=70, total=80):
@@ -139,10 +146,12 @@ def fake_gpu(monkeypatch, capability=(9, 0), arches=("sm_80", "sm_90"), free=70,
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
 
-def test_fault_05_torch_not_built_for_the_card(monkeypatch):
-    fake_gpu(monkeypatch, capability=(12, 0))
+@pytest.mark.parametrize(("capability", "tag"), [((12, 0), "cu130"), ((6, 1), "cu126")])
+def test_fault_05_torch_not_built_for_the_card(monkeypatch, capability, tag):
+    fake_gpu(monkeypatch, capability=capability)
     (bad,) = found_in(checkup_machine.gpu(), checkup.BAD)
-    assert "sm_120" in bad.found
+    assert "sm_{}{}".format(*capability) in bad.found and f"/whl/{tag} " in bad.fix
+    assert_replaces_torch(bad.fix)
 
 
 def test_gpu_of_an_older_kind_or_in_use_is_said_and_a_good_one_is_good(monkeypatch):
