@@ -17,6 +17,7 @@ WAYS = [
     (r"make [\w-]+", "make_target"),
     (r"pip install -r \S+", "requirements"),
     (r"pip install -e '\.\[[\w,-]+\]'", "extras"),
+    (r"Set-ExecutionPolicy -Scope Process -Force \w+", "execution_policy"),
     (r"\.venv\\Scripts\\activate", "windows_activate"),
     (r"source \.venv/bin/activate", "activate"),
     (r"python -m venv \.venv", "make_environment"),

@@ -44,6 +44,13 @@ def test_first_screen_has_picture_disclaimer_and_the_two_commands(file):
 
 
 @pytest.mark.parametrize("file", READMES)
+def test_powershell_is_allowed_to_activate(file):
+    # By default Windows runs no script, and activate is one.
+    (told,) = re.findall(r"^```powershell\n(.*?)^```", text_of(file), re.M | re.S)
+    assert "Set-ExecutionPolicy" in told[: told.index("\\activate")]
+
+
+@pytest.mark.parametrize("file", READMES)
 def test_every_memory_figure_says_whether_it_was_measured(file):
     section = text_of(file).split("| 1.7B LoRA |")[0].rpartition("\n## ")[2]
     assert re.search(r"\*\*(计算值|computed)\*\*", section), "the figures of the table are computed, and it must say so"

@@ -280,12 +280,15 @@ class Reader:
         assert Path(which).parent == self.folder / ".venv" / "bin", which
         return RAN, "python is then .venv's"
 
-    def windows_activate(self, command: Command) -> tuple[str, str]:
-        import venv
+    def execution_policy(self, command: Command) -> tuple[str, str]:
+        policy = command.bare.split()[-1]
+        assert f"Set-ExecutionPolicy -ExecutionPolicy {policy} " in activate_ps1().read_text(encoding="utf-8")
+        return CHECKED, "Activate.ps1 itself asks for this policy"
 
+    def windows_activate(self, command: Command) -> tuple[str, str]:
         told = command.bare.replace("\\", "/").rpartition("/")[0]
         assert sysconfig.get_path("scripts", "nt_venv", {"base": ".venv"}).replace("\\", "/") == told
-        assert list((Path(venv.__file__).parent / "scripts").rglob("[aA]ctivate.ps1"))
+        assert activate_ps1().is_file()
         return CHECKED, "venv puts Activate.ps1 there on Windows"
 
     def make_target(self, command: Command) -> tuple[str, str]:
@@ -317,6 +320,14 @@ class Reader:
 
     def unknown(self, command: Command) -> tuple[str, str]:
         raise AssertionError("no way to run or to check it: see readme_commands.WAYS")
+
+
+def activate_ps1() -> Path:
+    """The script that PowerShell runs for `activate`, where venv takes it from."""
+    import venv
+
+    (script,) = (Path(venv.__file__).parent / "scripts").rglob("[aA]ctivate.ps1")
+    return script
 
 
 def installed(pins) -> str:
