@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,8 @@ def choose(
     """
     cap(device, settings)
     card = card_of(device, settings)
+    if card.kind == "cpu" and settings.device == "auto" and shutil.which("nvidia-smi"):
+        cli.note("这台机器有 nvidia-smi，torch 却找不到 GPU，会在 CPU 上训练；看看为什么：python doctor.py")
     if isinstance(settings, LoraSettings) and settings.quantize:
         check_quantization(card)
     tokens = tokens_of(settings, card, longest)

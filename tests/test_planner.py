@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
@@ -174,6 +175,21 @@ def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     assert (
         planning.with_faster_type(cpu, tiny, 2048) == cpu and planning.with_faster_type(AMPERE, SMALL, 2048) == AMPERE
     )
+
+
+def test_gpu_that_torch_does_not_see_is_named_before_hours_on_the_cpu(tmp_path, demo_model, monkeypatch, capsys):
+    import torch
+
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    planning.choose(TrainSettings(), demo_model, cpu, 100, None)
+    assert "doctor.py" not in capsys.readouterr().err
+    program = tmp_path / ("nvidia-smi.exe" if sys.platform == "win32" else "nvidia-smi")
+    program.touch(mode=0o755)
+    planning.choose(TrainSettings(device="cpu"), demo_model, cpu, 100, None)  # this was asked for
+    assert "doctor.py" not in capsys.readouterr().err
+    planning.choose(TrainSettings(), demo_model, cpu, 100, None)
+    assert "python doctor.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "gib"), [("12GB", 12), ("11.6GiB", 11.6), ("24", 24), (" 8 gb ", 8)])
