@@ -76,6 +76,14 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in anchors, (page, target, anchors)
 
 
+def test_version_that_a_page_tells_to_install_is_the_pinned_one():
+    pinned = {*re.findall(r"[\w.-]+==[\d.]+", text_of("requirements.txt") + text_of("pyproject.toml"))}
+    names = {pin.partition("==")[0] for pin in pinned}
+    told = {(page, pin) for page in PAGES for pin in re.findall(r"[\w.-]+==\d[\d.]*\d", text_of(page))}
+    assert {("README.md", "gguf==0.19.0"), ("README_EN.md", "gguf==0.19.0")} <= told
+    assert not [(page, pin) for page, pin in told if pin.partition("==")[0] in names and pin not in pinned]
+
+
 def test_requirements_can_be_read_by_the_pip_of_a_chinese_windows():
     # Python 3.11's own pip decodes the file in the system's code page (GBK) unless its first lines name an encoding.
     first_two = (ROOT / "requirements.txt").read_bytes().split(b"\n")[:2]
