@@ -1,7 +1,7 @@
 """阶段 3：用任意模型回答一个问题。
 
     python inference.py "高血压患者饮食要注意什么？"
-    echo "孩子发热怎么办？" | python inference.py -c best
+    echo "孩子发热怎么办？" | python inference.py -c best                     # PowerShell：见 README 的常见问题
     python inference.py -c output/Qwen3-0.6B-lora/checkpoint-500 "问题"      # LoRA 适配器，自动识别
     python inference.py -c Qwen3-0.6B的目录 "问题"                          # 没有微调过的基础模型
 
