@@ -56,6 +56,14 @@ def test_hooks_run_the_ruff_that_lint_runs():
     assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
 
 
+def test_contributors_are_told_of_every_make_target_and_of_every_slow_suite():
+    makefile, page = read("Makefile"), read("docs/contributing.md")
+    targets = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()
+    assert not [target for target in targets if not re.search(rf"`(make )?{target}`", page)]
+    suites = re.findall(r"--ignore (tests/\w+)", makefile)
+    assert suites and not [suite for suite in suites if f"`{suite}`" not in page]
+
+
 def test_lint_checks_types_with_a_pinned_mypy():
     assert pinned("mypy") and "-m mypy" in read("Makefile")
     assert {"qwenmed", "*.py"} <= set(PYPROJECT["tool"]["mypy"]["files"])
