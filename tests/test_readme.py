@@ -1,5 +1,6 @@
 """The READMEs agree with each other and with the repository; tests/readme runs what they say."""
 
+import json
 import re
 
 import pytest
@@ -56,6 +57,21 @@ def test_every_memory_figure_says_whether_it_was_measured(file):
     assert re.search(r"\*\*(计算值|computed)\*\*", section), "the figures of the table are computed, and it must say so"
     measured = [line for line in text_of(file).splitlines() if re.search(r"\d\.\d+ GB", line)]
     assert measured and all(re.search("实测|measured", line, re.I) for line in measured)
+
+
+def test_urgency_figures_are_those_of_the_last_measurement():
+    sets = json.loads(text_of("benchmarks/results/triage.json"))["sets"]
+    page = text_of("docs/safety.md").replace("**", "")
+    for name in ("heldout", "heldout_wide", "heldout_fields"):
+        found = sets[name]
+        kinds = ("recall", "false_alarms", "unnoticed", "recall_of_urgent")
+        figures = " | ".join(f"{100 * found[kind]:.1f}%" for kind in kinds)
+        emergencies = sum(found["confusion"]["emergency"].values())
+        row = rf"\| {name}：.* \| {found['questions']}（{emergencies}） \| {figures} \|"
+        assert re.search(row, page), row
+    speeds = [found["questions_per_second"] for found in sets.values()]
+    told = f"{round(min(speeds), -2):,}–{round(max(speeds), -2):,}"
+    assert f"每秒约 {told} 题" in page and f"({told} a second" in page, told
 
 
 PAGES = [*READMES, "SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
