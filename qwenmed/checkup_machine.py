@@ -20,7 +20,7 @@ from qwenmed.checkup import BAD, GOOD, MIND, Finding
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 PYTHON = (3, 11)
-# With these a run begins; what else it needs depends on the model (checkup_model.memory).
+# With these a run begins; what else it needs depends on the model (TrainingCheckup.memory).
 FREE_DISK, FREE_MEMORY = 5e9, 4e9
 HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
 HUB_SECONDS = 5.0
