@@ -92,6 +92,16 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in anchors, (page, target, anchors)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_the_cells_of_its_head(page):
+    # A | ends a cell even inside of code, unless a backslash stands before it.
+    cells = 0
+    for line in re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S).splitlines():
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not cells or found in (0, cells), (page, line)
+        cells = found
+
+
 def test_version_that_a_page_tells_to_install_is_the_pinned_one():
     pinned = {*re.findall(r"[\w.-]+==[\d.]+", text_of("requirements.txt") + text_of("pyproject.toml"))}
     names = {pin.partition("==")[0] for pin in pinned}
