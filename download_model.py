@@ -21,15 +21,17 @@ def main() -> None:
     """Fetch or build, check, say what comes next."""
     args = parse_args()
     folder = args.local_dir or Path("models") / args.model_id.rstrip("/").split("/")[-1]
+    prepare = "python data.py"
     if args.model_id == demo.DEMO_MODEL:
         build_demo(folder)
+        prepare += " --source demo"
     elif args.model_id.count("/") != 1:
         raise UserError(f"不是模型 ID：{args.model_id}", None, "形式是 组织/名称，例如 Qwen/Qwen3-0.6B；或 demo")
     else:
         hub.fetch_model(args.model_id, folder, args.source, args.revision, say=cli.note)
     check_loads(folder)
     print(folder)
-    cli.note(f"接下来：python data.py，然后 python train.py --model {folder}（显存不够用 train_lora.py）")
+    cli.note(f"接下来：{prepare}，然后 python train.py --model {folder}（显存不够用 train_lora.py）")
 
 
 def parse_args() -> argparse.Namespace:

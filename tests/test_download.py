@@ -272,6 +272,11 @@ def test_weights_that_lack_a_tensor_do_not_pass_for_a_model(server, work, model_
     assert_user_error(done, "models/tiny", "model.norm.weight", "重新下载")
 
 
+def test_way_on_from_the_demo_model_needs_no_network_either(tmp_path):
+    done = run_script("download_model.py", "demo", cwd=tmp_path)
+    assert done.status == 0 and "python data.py --source demo" in done.err
+
+
 def test_demo_model_is_never_built_over_other_files(work):
     (work / "notes.txt").write_text("mine", encoding="utf-8")
     done = run_script("download_model.py", "demo", "--local-dir", ".", cwd=work)
