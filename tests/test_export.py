@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from prompts import GENERAL_PROMPT
 from qwenmed import chat, checkpoints, files, gguf_file, merged_model, model_card, read_back, self_test
 from qwenmed.errors import UserError
-from qwenmed.settings import ExportSettings
+from qwenmed.settings import GGUF_TYPES, K_QUANTS, ExportSettings
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -524,4 +524,7 @@ def test_card_prefers_the_reports_figures(best, tmp_path):
 
 def test_settings_know_their_types():
     assert ExportSettings(to="gguf", quant="Q8_0").quant == "q8_0"
-    assert set(self_test.BOUNDS) >= {"f16", "bf16", "q8_0", "q4_k_m"}
+
+
+def test_every_type_of_a_gguf_has_its_bound():
+    assert {*GGUF_TYPES, *K_QUANTS} <= set(self_test.BOUNDS)
