@@ -30,15 +30,19 @@ PROMPT = """【问题】
 
 MAX_TOKENS = 1024
 FIRST, SECOND, TIE = "一", "二", "平"
-_VERDICT = re.compile(r"结论\s*[：:]\s*[\s“\"*【]*([一二平])")
+_MARKUP = str.maketrans("", "", "*`")
+_CONCLUSION = re.compile(r"结论\s*[：:]")
+# 一样好, 二者相当, 一和二都对, 一不如二: these begin with a number too, and prefer none, or the other.
+_VERDICT = re.compile(r"[\s“\"「『【（(]*(?:回答|第)?\s*([一二平])(?!样|者|致|般|均|方面|[不差劣]|[段个]?[都、和与及])")
 
 Row = Mapping[str, Any]
 
 
 def verdict(answer: str) -> str | None:
     """What a judge's answer concludes, or None if it does not say."""
-    found = _VERDICT.findall(answer)
-    return found[-1] if found else None
+    _, *conclusions = _CONCLUSION.split(answer.translate(_MARKUP))
+    found = _VERDICT.match(conclusions[-1]) if conclusions else None
+    return found[1] if found else None
 
 
 def judge(

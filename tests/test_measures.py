@@ -207,6 +207,39 @@ def test_judge_that_reads_is_believed():
     assert result["net"]["verdict"] == BETTER and result["first"]["value"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "answer, verdict",
+    [
+        ("两段都对，第一段更安全。\n结论：一", "一"),
+        ("结论: 二", "二"),
+        ("**结论**：一", "一"),
+        ("**结论：** 一", "一"),
+        ("`结论：二`", "二"),
+        ("结论：【一】", "一"),
+        ("结论：「一」", "一"),
+        ("结论：回答一", "一"),
+        ("结论：回答二更好", "二"),
+        ("结论：第一段", "一"),
+        ("结论：平局", "平"),
+        ("结论：一。\n再想想，\n结论：二", "二"),
+        ("结论：二者相当", None),
+        ("结论：一样好", None),
+        ("结论：一致", None),
+        ("结论：一段都不好", None),
+        ("结论：一个都不好", None),
+        ("结论：回答一和回答二相当", None),
+        ("结论：第一段与第二段相当", None),
+        ("结论：一、二相当", None),
+        ("结论：一不如二", None),
+        ("先看“结论：一”怎样写。\n结论：二者相当", None),
+        ("一更好", None),
+        ("", None),
+    ],
+)
+def test_conclusion_is_read_as_judges_spell_it(answer, verdict):
+    assert judge.verdict(answer) == verdict
+
+
 def test_judge_without_a_conclusion_decides_nothing():
     rows = [prediction("a", str(i)) for i in range(8)]
     (result,) = judge.judge(Instant("说不好。"), rows, {"b": rows}, Bootstrap(0))["results"]
