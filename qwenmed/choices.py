@@ -26,15 +26,16 @@ LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "请从以上选项中选出最合适的一个，并在回答的最后单独用一行写出“答案：字母”。"
 ANSWER_PREFIX = "答案："
 
+_MARKUP = str.maketrans("", "", "*`")
 # From the clearest way of saying it to the least; of each the last one in the text counts.
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"答案[\])】]?(?:应该|应当|应)?[是为选]?\s*:?\s*\\?(?:boxed)?[\s({\[*\"“《【]*([A-J])(?![A-Za-z])",
-        r"(?:选择|选项|故选|应选|选)\s*:?\s*[\s({\[*\"“【]*([A-J])(?![A-Za-z])",
+        r"答案[\])】]?(?:应该|应当|应)?[是为选]?\s*:?\s*\\?(?:boxed)?[\s({\[\"“《【]*([A-J])(?![A-Za-z])",
+        r"(?:选择|选项|故选|应选|选)[是为]?\s*:?\s*[\s({\[\"“【]*([A-J])(?![A-Za-z])",
     )
 )
-_ALONE = re.compile(r"\s*[({\[*【]*([A-J])[)}\]*】]*(?:[.、,:。\s].*)?", re.DOTALL)
+_ALONE = re.compile(r"\s*[({\[【]*([A-J])[)}\]】]*(?:[.、,:。\s].*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _parsed(row: object, number: int) -> Choice | str:
 
 def parse_choice(answer: str, letters: Sequence[str]) -> str | None:
     """The letter that an answer chooses, or None if it does not say."""
-    text = unicodedata.normalize("NFKC", answer)  # full-width letters and colons
+    text = unicodedata.normalize("NFKC", answer).translate(_MARKUP)  # full-width letters and colons
     for pattern in _PATTERNS:
         if found := [letter for letter in pattern.findall(text) if letter in letters]:
             return found[-1]
