@@ -53,7 +53,7 @@ PER_MODEL = ("checkpoint", "engine", "temperature", "top_p", "seed", "think_budg
 
 
 def main() -> int:
-    """Evaluate, step by step; exit status 3 if a model could not take some row."""
+    """Evaluate, step by step; exit status 3 if a model could not take some row, or the judge some pair."""
     settings, candidates = read_command_line()
     check_installed(settings)
     folder = open_folder(settings)
@@ -89,7 +89,10 @@ def main() -> int:
         cli.note(
             f"{left_out} 个结果没有得到（太长，或引擎失败），对所有模型排除；原因见 {reports.REPORT_JSON} 的 parts"
         )
-    return cli.EXIT_SOME_ROWS_FAILED if left_out else cli.EXIT_OK
+    unclear = sum(each["unclear"] for each in report["judge"]["results"]) if report["judge"] else 0
+    if unclear:
+        cli.note(f"裁判有 {unclear} 对没有判出，不计入胜负；原因见 {reports.REPORT_JSON} 的 judge")
+    return cli.EXIT_SOME_ROWS_FAILED if left_out or unclear else cli.EXIT_OK
 
 
 def read_command_line() -> tuple[EvalSettings, list[Candidate]]:

@@ -163,6 +163,17 @@ def test_failure_behind_the_predictions_keeps_them_and_says_how_to_go_on(before_
     assert (failed / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
 
 
+def test_judge_that_does_not_conclude_is_no_success(before_and_after, workplace, serve):
+    shutil.copytree(before_and_after[1], workplace / "unclear")
+    server = serve(say({"content": "说不好。"}))
+    arguments = ["-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "unclear"]
+    done = evaluate(workplace, *arguments, "--resume", "--judge-url", server.url)
+    assert done.status == 3 and "裁判有 8 对没有判出" in done.err, done.err
+    (result,) = read_report(workplace / "unclear")["judge"]["results"]
+    assert result["unclear"] == 8 and result["ties"] == 0 and "说不好" in result["left_out"][0]["error"]
+    assert '<td data-label="判不出">8</td>' in (workplace / "unclear" / "report.html").read_text(encoding="utf-8")
+
+
 def test_rows_that_were_trained_on_are_left_out(workplace):
     train = (workplace / "train.jsonl").read_text(encoding="utf-8").splitlines()
     val = (workplace / "val.jsonl").read_text(encoding="utf-8").splitlines()

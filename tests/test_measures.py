@@ -9,6 +9,7 @@ from fakes import Instant
 from qwenmed import chat, checkpoints, comparison, judge, leaks, measures, triage
 from qwenmed.bootstrap import BETTER, NO_DIFFERENCE, Bootstrap
 from qwenmed.engine import Generation
+from qwenmed.errors import UserError
 from qwenmed.evaluation import ANSWERS, CHOICES, PERPLEXITY, SAFETY, UrgencyQuestion
 from qwenmed.records import Record
 
@@ -240,9 +241,33 @@ def test_conclusion_is_read_as_judges_spell_it(answer, verdict):
     assert judge.verdict(answer) == verdict
 
 
+class Scripted(Instant):
+    """Gives these results in turn: a text is a reply, an error stays one."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results = results
+
+    def generate(self, prompts):
+        for _, result in zip(prompts, self.results, strict=True):
+            reply = isinstance(result, str)
+            yield Generation(chat.Reply("", result), "stop", 1, 0, 5, 0.1) if reply else result
+
+
 def test_judge_without_a_conclusion_decides_nothing():
     rows = [prediction("a", str(i)) for i in range(8)]
     (result,) = judge.judge(Instant("说不好。"), rows, {"b": rows}, Bootstrap(0))["results"]
-    assert (result["wins"], result["ties"], result["unclear"]) == (0, 8, 16)
+    assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (0, 0, 0, 8)
     assert result["first"]["value"] is None and json.dumps(result, allow_nan=False)  # it was NaN, which is no JSON
-    assert result["net"]["verdict"] == NO_DIFFERENCE
+    assert result["net"]["value"] is None and result["net"]["verdict"] == NO_DIFFERENCE
+    assert result["left_out"][0] == {"id": "0", "error": "没有写出结论：说不好。"}
+
+
+def test_pair_that_the_judge_refuses_is_no_tie_and_the_reason_is_kept():
+    rows = [prediction("a", str(i)) for i in range(8)]
+    win, tie = ["结论：一", "结论：二"], ["结论：平", "结论：平"]
+    refused = [UserError("服务器不接受这个问题（400）：context length", "http://x"), "结论：二"]
+    (result,) = judge.judge(Scripted(*win * 6, *tie, *refused), rows, {"b": rows}, Bootstrap(0))["results"]
+    assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (6, 1, 0, 1)
+    assert result["net"]["rows"] == 7 and result["net"]["value"] == pytest.approx(6 / 7)
+    assert result["left_out"] == [{"id": "7", "error": "服务器不接受这个问题（400）：context length（http://x）"}]
