@@ -100,8 +100,7 @@ def _counted(pairs: Sequence[tuple[str, Said, Said]], bootstrap: Bootstrap) -> d
     ]
     outcomes = [1 if pair == (FIRST, SECOND) else -1 if pair == (SECOND, FIRST) else 0 for pair in judged]
     net, nothing = ratio_sample((each, 1) for each in outcomes), ratio_sample((0, 1) for _ in outcomes)
-    clear = [each for pair in judged for each in pair]
-    first = ratio_sample((each == FIRST, each != TIE) for each in clear)
+    first = ratio_sample((pair.count(FIRST), 2 - pair.count(TIE)) for pair in judged)
     return {
         "wins": outcomes.count(1),
         "ties": outcomes.count(0),

@@ -271,3 +271,11 @@ def test_pair_that_the_judge_refuses_is_no_tie_and_the_reason_is_kept():
     assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (6, 1, 0, 1)
     assert result["net"]["rows"] == 7 and result["net"]["value"] == pytest.approx(6 / 7)
     assert result["left_out"] == [{"id": "7", "error": "服务器不接受这个问题（400）：context length（http://x）"}]
+
+
+def test_bias_towards_the_first_answer_is_counted_pair_by_pair():
+    # The two verdicts of a pair are not independent: eight pairs are eight rows, and are drawn as such.
+    rows = [prediction("a", str(i)) for i in range(8)]
+    biased = ["结论：一", "结论：一"] * 5 + ["结论：二", "结论：二"] * 2 + ["结论：平", "结论：一"]
+    (result,) = judge.judge(Scripted(*biased), rows, {"b": rows}, Bootstrap(0))["results"]
+    assert result["first"]["rows"] == 8 and result["first"]["value"] == pytest.approx(11 / 15)
