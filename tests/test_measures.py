@@ -6,7 +6,7 @@ import math
 import pytest
 from fakes import Instant
 
-from qwenmed import chat, checkpoints, comparison, judge, leaks, measures, triage
+from qwenmed import chat, checkpoints, comparison, evaluation, judge, leaks, measures, triage
 from qwenmed.bootstrap import BETTER, NO_DIFFERENCE, Bootstrap
 from qwenmed.engine import Generation
 from qwenmed.errors import UserError
@@ -279,3 +279,11 @@ def test_bias_towards_the_first_answer_is_counted_pair_by_pair():
     biased = ["结论：一", "结论：一"] * 5 + ["结论：二", "结论：二"] * 2 + ["结论：平", "结论：一"]
     (result,) = judge.judge(Scripted(*biased), rows, {"b": rows}, Bootstrap(0))["results"]
     assert result["first"]["rows"] == 8 and result["first"]["value"] == pytest.approx(11 / 15)
+
+
+def test_two_urgency_questions_with_one_id_are_refused_with_both_places(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"id": "a", "question": f"第{i}问？", "emergency": True} for i in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match="mine.jsonl:1.*mine.jsonl:2|mine.jsonl:2.*mine.jsonl:1"):
+        evaluation.read_urgency_questions(path)
