@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,53 @@ def test_reader_that_was_killed_says_by_what(best, trained, tmp_path, monkeypatc
         self_test.run(
             best, tmp_path, read_back.TRANSFORMERS, self_test.BOUNDS["exact"], [asked], 4, torch.device("cpu"), tmp_path
         )
+
+
+def test_checkpoint_has_left_the_gpu_when_the_fresh_process_begins(best, trained, tmp_path, monkeypatch):
+    model, tokenizer = checkpoints.load(best, torch.float32)
+    gone, freed = weakref.ref(model), []
+    # It stays on the CPU; and it holds itself, so that counting references does not free it.
+    vars(model).update(to=lambda device: gone(), itself=model)
+    loaded = [(model, tokenizer)]
+    monkeypatch.setattr(checkpoints, "load", lambda checkpoint, dtype: loaded.pop())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(gone() is None))
+    del model
+    asked = chat.user_messages(trained.rows[0]["question"], GENERAL_PROMPT)
+    self_test.ask_checkpoint(best, [asked], 2, torch.device("cuda"), tmp_path)
+    assert freed == [True]
+
+
+READER = """
+import json, pathlib, sys
+job = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+if job["device"] in {full!r}:
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 594.00 MiB.")
+read = dict(prompt=[1], text=job["device"], thinking="", answer="", ended=True, logprobs="")
+(pathlib.Path(job["folder"]) / "result.json").write_text(json.dumps(dict(stops=[], reads=[read])), encoding="utf-8")
+"""
+
+
+def reader_without_memory(tmp_path, monkeypatch, *full):
+    """What the self-test reads from a fresh process for which these devices have no memory."""
+    (package := tmp_path / "qwenmed").mkdir()
+    (package / "__init__.py").touch()
+    (package / "read_back.py").write_text(READER.format(full=full), encoding="utf-8")
+    monkeypatch.setattr(self_test, "__file__", str(package / "self_test.py"))
+    monkeypatch.chdir(tmp_path)
+    reference = reference_of(tmp_path, [log(HERE)], [[0, 1]], ["ab"])
+    return self_test.read_in_fresh_process(
+        tmp_path, read_back.TRANSFORMERS, reference, 4, torch.device("cuda"), tmp_path
+    )
+
+
+def test_reader_without_memory_on_the_gpu_reads_on_the_cpu(tmp_path, monkeypatch, capsys):
+    assert [each.text for each in reader_without_memory(tmp_path, monkeypatch, "cuda").reads] == ["cpu"]
+    assert "CPU" in capsys.readouterr().err
+
+
+def test_reader_without_any_memory_does_not_blame_the_export(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="自检没有做完：内存不够.*--no-self-test"):
+        reader_without_memory(tmp_path, monkeypatch, "cuda", "cpu")
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
