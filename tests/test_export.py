@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, needs_gguf, needs_llama, run_script
+from conftest import ROOT, assert_user_error, needs_gguf, needs_llama, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -216,6 +217,27 @@ def test_k_quants_are_llama_cpps_own(best, tmp_path, capfd):
     kinds = {each.tensor_type.name for each in gguf.GGUFReader(path).tensors}
     assert "Q4_K" in kinds and [each.name for each in tmp_path.iterdir()] == ["a.gguf"]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("missing", "kind", "words"),
+    [
+        ("gguf", "q8_0", f"没有安装 gguf。请运行 pip install {gguf_file.PACKAGE}$"),
+        ("gguf", "q4_k_m", r"没有安装 gguf。请运行 pip install -e '\.\[gguf\]'（.*C\+\+"),
+        ("llama_cpp", "q4_k_m", r"量化器.*pip install -e '\.\[gguf\]'（.*C\+\+.*十分钟.*--quant q8_0"),
+    ],
+)
+def test_missing_package_is_told_with_the_smallest_remedy(monkeypatch, missing, kind, words):
+    monkeypatch.setitem(sys.modules, "gguf", gguf_file)  # anything that can be imported
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=words):
+        gguf_file.check_installed(kind)
+
+
+def test_gguf_package_is_the_one_of_the_project_and_of_the_docs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert gguf_file.PACKAGE in project["optional-dependencies"]["gguf"]
+    assert f"pip install {gguf_file.PACKAGE}`" in (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
 
 
 def test_engine_is_chosen_by_what_the_path_is(tmp_path):
