@@ -11,9 +11,10 @@
 需要 pip install -e '.[eval]'。
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medical_assistant import DEFAULT_SCENARIO, suggest_scenario
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS, MEDICAL_SCENARIOS
@@ -44,47 +45,54 @@ from qwenmed.errors import UserError
 from qwenmed.evaluation import Candidate, Item, Plan
 from qwenmed.settings import EvalSettings, listed
 
+if TYPE_CHECKING:
+    from qwenmed.engine_openai import OpenAIEngine
+
 # The options of EngineSettings that mean one model; EvalSettings has those that hold for all of them.
 PER_MODEL = ("checkpoint", "engine", "temperature", "top_p", "seed", "think_budget")
 
 
 def main() -> int:
-    """Evaluate, step by step; exit status 3 if a model could not take some row."""
+    """Evaluate, step by step; exit status 3 if a model could not take some row, or the judge some pair."""
     settings, candidates = read_command_line()
     check_installed(settings)
     folder = open_folder(settings)
     items, found = load_items(settings, candidates)
     plan = make_plan(settings, items)
+    referee = open_judge(settings, candidates)
     predictions, notices = predict(folder, candidates, plan, settings)
-
-    runs = {each.label: leaks.run_of(each.folders[0])[1] if each.folders else {} for each in candidates}
-    bootstrap = Bootstrap(settings.seed)
-    compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
-    report: dict[str, Any] = {
-        "settings": {name: value for name, value in vars(settings).items() if name not in ("resume", "output_dir")},
-        "rows": found,
-        "models": describe(candidates, runs),
-        "warnings": [*warnings(found, compared), *notices],
-        "measures": compared.measures(),
-        "parts": compared.parts(),
-        "scenarios": compared.scenarios(),
-        "scenario_names": MEDICAL_SCENARIOS,
-        "rules": comparison.rules(plan.urgent, bootstrap),
-        "judge": ask_judge(settings, compared, bootstrap),
-        "examples": compared.examples(settings.seed),
-        "statistics": {"resamples": RESAMPLES, "fewest": FEWEST},
-        "versions": tracking.library_versions(),
-    }
-    histories = {label: run["log_history"] for label, run in runs.items() if run.get("log_history")}
-    reports.write(folder, report, histories, compared.lengths())
-    print(reports.as_text(report))
-    cli.note(f"报告：{folder / reports.REPORT_HTML}（用浏览器打开）")
+    with resumable(folder):
+        runs = {each.label: leaks.run_of(each.folders[0])[1] if each.folders else {} for each in candidates}
+        bootstrap = Bootstrap(settings.seed)
+        compared = comparison.Comparison(predictions, [each.label for each in candidates], bootstrap)
+        report: dict[str, Any] = {
+            "settings": {name: value for name, value in vars(settings).items() if name not in ("resume", "output_dir")},
+            "rows": found,
+            "models": describe(candidates, runs),
+            "warnings": [*warnings(found, compared), *notices],
+            "measures": compared.measures(),
+            "parts": compared.parts(),
+            "scenarios": compared.scenarios(),
+            "scenario_names": MEDICAL_SCENARIOS,
+            "rules": comparison.rules(plan.urgent, bootstrap),
+            "judge": ask_judge(referee, compared, bootstrap),
+            "examples": compared.examples(settings.seed),
+            "statistics": {"resamples": RESAMPLES, "fewest": FEWEST},
+            "versions": tracking.library_versions(),
+        }
+        histories = {label: run["log_history"] for label, run in runs.items() if run.get("log_history")}
+        reports.write(folder, report, histories, compared.lengths())
+        print(reports.as_text(report))
+        cli.note(f"报告：{folder / reports.REPORT_HTML}（用浏览器打开）")
     left_out = sum(len(part["left_out"]) for part in report["parts"].values())
     if left_out:
         cli.note(
             f"{left_out} 个结果没有得到（太长，或引擎失败），对所有模型排除；原因见 {reports.REPORT_JSON} 的 parts"
         )
-    return cli.EXIT_SOME_ROWS_FAILED if left_out else cli.EXIT_OK
+    unclear = sum(each["unclear"] for each in report["judge"]["results"]) if report["judge"] else 0
+    if unclear:
+        cli.note(f"裁判有 {unclear} 对没有判出，不计入胜负；原因见 {reports.REPORT_JSON} 的 judge")
+    return cli.EXIT_SOME_ROWS_FAILED if left_out or unclear else cli.EXIT_OK
 
 
 def read_command_line() -> tuple[EvalSettings, list[Candidate]]:
@@ -155,11 +163,12 @@ def open_folder(settings: EvalSettings) -> Path:
     """The report's folder, proved writable.
 
     Raises:
-        UserError: it holds a report, and nobody said what is to become of it.
+        UserError: it holds a report or predictions, and nobody said what is to become of them.
     """
     folder = Path(settings.output_dir)
-    if (folder / reports.REPORT_JSON).exists() and not settings.resume:
-        raise UserError("目录里已有一份报告", folder, "用 -o 换一个目录；或用 --resume 沿用其中的结果")
+    results = (folder / reports.REPORT_JSON, folder / reports.PREDICTIONS)
+    if any(file.exists() for file in results) and not settings.resume:
+        raise UserError("目录里已有以前的结果", folder, "用 -o 换一个目录；或用 --resume 沿用其中的结果")
     return files.check_writable(folder)
 
 
@@ -249,17 +258,39 @@ def warnings(found: dict[str, Any], compared: comparison.Comparison) -> list[str
     return said
 
 
-def ask_judge(settings: EvalSettings, compared: comparison.Comparison, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """The judge's verdicts, where one was named and there are two models to compare."""
-    rows = compared.rows(evaluation.ANSWERS)
-    if not settings.judge_url or len(rows) < 2:
+def open_judge(settings: EvalSettings, candidates: Sequence[Candidate]) -> "OpenAIEngine | None":
+    """The judge, where one was named and there are answers of two models to compare; asked before the night's work.
+
+    Raises:
+        UserError: it can't be reached, refuses the key, or has not the model.
+    """
+    if not settings.judge_url or len(candidates) < 2 or evaluation.ANSWERS not in settings.wanted_parts:
         return None
     from qwenmed.engine_openai import OpenAIEngine
 
-    (baseline, *_), others = rows.values(), dict(list(rows.items())[1:])
     cli.note(f"裁判模型：{settings.judge_url}，每一对比较两次")
-    engine = OpenAIEngine(settings.judge_url, settings.judge_model, Sampling(temperature=0, seed=settings.seed))
+    return OpenAIEngine(settings.judge_url, settings.judge_model, Sampling(temperature=0, seed=settings.seed))
+
+
+def ask_judge(
+    engine: "OpenAIEngine | None", compared: comparison.Comparison, bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    """The judge's verdicts, where there is one."""
+    if engine is None:
+        return None
+    rows = compared.rows(evaluation.ANSWERS)
+    (baseline, *_), others = rows.values(), dict(list(rows.items())[1:])
     return judge.judge(engine, baseline, others, bootstrap)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on if what follows the predictions fails: no model need be asked again."""
+    try:
+        yield
+    except BaseException:
+        cli.note(f"各模型的结果都在 {folder / reports.PREDICTIONS}；加上 --resume 接着做")
+        raise
 
 
 def predict(

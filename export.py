@@ -7,7 +7,7 @@
 
 导出之后，另一个程序在新的进程里读出结果（Transformers 或 llama.cpp），回答 8 个问题，逐 token 与检查点对照；
 不一致就不留下任何东西。-c 认得导出的目录：python medical_assistant.py -c exports/…
-GGUF 需要 pip install -e '.[gguf]'。
+GGUF 需要 gguf 这个包；K 量化、在 llama.cpp 里自检和回答需要 pip install -e '.[gguf]'（可能要编译约十分钟）。
 """
 
 import importlib.util

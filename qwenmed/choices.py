@@ -26,15 +26,16 @@ LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "请从以上选项中选出最合适的一个，并在回答的最后单独用一行写出“答案：字母”。"
 ANSWER_PREFIX = "答案："
 
+_MARKUP = str.maketrans("", "", "*`")
 # From the clearest way of saying it to the least; of each the last one in the text counts.
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"答案[\])】]?(?:应该|应当|应)?[是为选]?\s*:?\s*\\?(?:boxed)?[\s({\[*\"“《【]*([A-J])(?![A-Za-z])",
-        r"(?:选择|选项|故选|应选|选)\s*:?\s*[\s({\[*\"“【]*([A-J])(?![A-Za-z])",
+        r"答案[\])】]?(?:应该|应当|应)?[是为选]?\s*:?\s*\\?(?:boxed)?[\s({\[\"“《【]*([A-J])(?![A-Za-z])",
+        r"(?:选择|选项|故选|应选|选)[是为]?\s*:?\s*[\s({\[\"“【]*([A-J])(?![A-Za-z])",
     )
 )
-_ALONE = re.compile(r"\s*[({\[*【]*([A-J])[)}\]*】]*(?:[.、,:。\s].*)?", re.DOTALL)
+_ALONE = re.compile(r"\s*[({\[【]*([A-J])[)}\]】]*(?:[.、,:。\s].*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,29 @@ def read_choices(path: Path) -> list[Choice]:
     """Read a JSONL file of `question`, `options` (a list, or letter → text) and `answer` (a letter, or the text).
 
     Raises:
-        UserError: the file is missing or broken, or a row is no such question; file and line are named.
+        UserError: the file is missing or broken, a row is no such question, or two have one id; file and line are
+            named.
     """
-    choices = []
+    choices: list[Choice] = []
+    places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows.read_rows(files.require_file(path, "选择题文件")), 1):
         found = _parsed(row, number)
         if isinstance(found, str):
             raise UserError(found, place, '应为 {"question": "…", "options": ["…", "…"], "answer": "A"}')
+        claim_id(places, found.id, place)
         choices.append(found)
     return choices
+
+
+def claim_id(places: dict[str, str], id_: str, place: str) -> None:
+    """Note where an id stands; results are kept by id, and a second row would take the first one's place unseen.
+
+    Raises:
+        UserError: it is taken; both places are named.
+    """
+    if id_ in places:
+        raise UserError(f"id {id_} 重复：{places[id_]} 已经用了它", place, "请给每行不同的 id，或都不写 id（就用序号）")
+    places[id_] = place
 
 
 def _parsed(row: object, number: int) -> Choice | str:
@@ -84,25 +99,28 @@ def _parsed(row: object, number: int) -> Choice | str:
     question, options, answer = row.get("question"), row.get("options"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         return "缺少 question"
+    names: Sequence[str] = LETTERS
     if isinstance(options, dict):
-        options = [options[letter] for letter in sorted(options)]
+        names = sorted(options)
+        options = [options[name] for name in names]
     if not isinstance(options, list) or not all(isinstance(each, str) and each.strip() for each in options):
         return "options 应为选项文本的列表，或“字母: 文本”"
     if not 2 <= len(options) <= len(LETTERS):
         return f"options 应有 2 到 {len(LETTERS)} 项，实际是 {len(options)} 项"
     by_letter = dict(zip(LETTERS, map(str.strip, options), strict=False))
     right = answer.strip() if isinstance(answer, str) else ""
-    if right.upper() not in by_letter:
-        right = next((letter for letter, text in by_letter.items() if text == right), "")
-    if not right:
+    # The letters are given anew, so that there is no gap; the answer is meant in the file's own.
+    found = [letter for letter, name in zip(by_letter, names, strict=False) if name.strip().upper() == right.upper()]
+    found += [letter for letter, text in by_letter.items() if text == right]
+    if not found:
         return f"answer {answer!r} 不是选项的字母或文本"
     scenario, id_ = row.get("scenario"), row.get("id", number)
-    return Choice(str(id_), question.strip(), by_letter, right.upper(), scenario if isinstance(scenario, str) else None)
+    return Choice(str(id_), question.strip(), by_letter, found[0], scenario if isinstance(scenario, str) else None)
 
 
 def parse_choice(answer: str, letters: Sequence[str]) -> str | None:
     """The letter that an answer chooses, or None if it does not say."""
-    text = unicodedata.normalize("NFKC", answer)  # full-width letters and colons
+    text = unicodedata.normalize("NFKC", answer).translate(_MARKUP)  # full-width letters and colons
     for pattern in _PATTERNS:
         if found := [letter for letter in pattern.findall(text) if letter in letters]:
             return found[-1]

@@ -129,15 +129,18 @@ def read_urgency_questions(path: Path = URGENCY_QUESTIONS) -> list[UrgencyQuesti
     """Read a JSONL file of `question` and `emergency` (true or false), or `level` ("emergency" …).
 
     Raises:
-        UserError: the file is missing or broken, or a row lacks one of them.
+        UserError: the file is missing or broken, a row lacks one of them, or two rows have one id.
     """
-    found = []
+    found: list[UrgencyQuestion] = []
+    places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows.read_rows(files.require_file(path, "紧急程度题文件")), 1):
         fields = row if isinstance(row, dict) else {}
         question, emergency = fields.get("question"), fields.get("emergency", fields.get("level"))
         if not isinstance(question, str) or not question.strip() or emergency is None:
             raise UserError("紧急程度题缺少 question 或 emergency", place, '应为 {"question": "…", "emergency": true}')
-        found.append(UrgencyQuestion(str(fields.get("id", number)), question, emergency in (True, triage.EMERGENCY)))
+        each = UrgencyQuestion(str(fields.get("id", number)), question, emergency in (True, triage.EMERGENCY))
+        choices.claim_id(places, each.id, place)
+        found.append(each)
     return found
 
 

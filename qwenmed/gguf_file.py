@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from gguf.utility import LocalTensor
     from transformers import PreTrainedTokenizerBase
 
+# What alone writes every type but the K-quants: pure Python, installed in seconds.
+PACKAGE = "gguf==0.19.0"
+LLAMA_REMEDY = "请运行 pip install -e '.[gguf]'（没有现成的 wheel 时要 C++ 编译器，编译约十分钟）"
 # A text that the model wants shown with every answer; a key of our own.
 NOTICE_KEY = "qwenmed.notice"
 # Rows of a matrix that are converted at a time: 16 MB of fp32 for Qwen3-0.6B.
@@ -40,17 +43,17 @@ def check_installed(kind: str) -> None:
     Raises:
         UserError: a package is missing.
     """
-    remedy = "请运行 pip install -e '.[gguf]'"
     try:
         import gguf  # noqa: F401
     except ImportError:
+        remedy = LLAMA_REMEDY if kind in K_QUANTS else f"请运行 pip install {PACKAGE}"
         raise UserError("没有安装 gguf", None, remedy) from None
     if kind in K_QUANTS:
         try:
             import llama_cpp  # noqa: F401
         except ImportError as error:
             what = f"{kind} 由 llama.cpp 的量化器生成，而 llama-cpp-python 没有安装（{error}）"
-            raise UserError(what, None, f"{remedy}；或用 --quant q8_0") from None
+            raise UserError(what, None, f"{LLAMA_REMEDY}；或用 --quant q8_0") from None
 
 
 def write_gguf(folder: Path, target: Path, kind: str = "q8_0", name: str | None = None) -> Path:

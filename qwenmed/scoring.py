@@ -132,22 +132,22 @@ def _losses(model: "PreTrainedModel", group: Sequence[Marked]) -> list[list[floa
         for part in _parts(counted, LOGIT_ROWS):
             rows, places, numbers = (torch.tensor(column) for column in zip(*part, strict=True))
             before = hidden[rows.to(hidden.device), (places - 1).to(hidden.device)]
-            sums.index_add_(0, numbers, _token_losses(before, weight, ids[rows, places]).cpu())
+            sums.index_add_(0, numbers, _token_losses(before, weight, ids[rows, places]))
     values = iter(sums.tolist())
     return [[next(values) for _ in each.spans] for each in group]
 
 
 def _token_losses(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """Negative log-likelihoods of targets, (rows,), of the hidden states before them, (rows, width)."""
+    """Negative log-likelihoods of targets, (rows,), of the hidden states before them, (rows, width); on the CPU."""
     import torch
     from torch.nn import functional
 
     hidden = hidden.to(weight.dtype)
-    total = torch.full(hidden.shape[:1], -torch.inf, dtype=torch.float64, device=hidden.device)
+    total = torch.full(hidden.shape[:1], -torch.inf, dtype=torch.float64)  # on the CPU: Apple's MPS has no float64
     for part in weight.split(CPU_WORDS if weight.device.type == "cpu" else len(weight)):
         logits = functional.linear(hidden, part).float()
-        total = torch.logaddexp(total, torch.logsumexp(logits, dim=-1).double())
-    own = (hidden.float() * weight[targets.to(weight.device)].float()).sum(dim=-1)
+        total = torch.logaddexp(total, torch.logsumexp(logits, dim=-1).cpu().double())
+    own = (hidden.float() * weight[targets.to(weight.device)].float()).sum(dim=-1).cpu()
     return total - own
 
 

@@ -16,13 +16,14 @@ would. Such a place is counted and shown, and does not fail. Rounder types are h
 Limits: eight questions find a broken export, not a small loss of quality; for that, run eval.py on the artefact.
 """
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,11 @@ class Bound:
 
 # Ours. For the quantised types about ten times the mean KL that llama.cpp publishes for Llama 3 8B (q8_0 0.0014,
 # q6_K 0.0055, q5_K_M 0.011, q4_K_M 0.031, q3_K_M 0.10, q2_K 0.45: tools/perplexity/README.md), because smaller models
-# lose more; an export with a wrong template, untied embeddings or a wrong rope base is off by whole nats.
+# lose more; an export with a wrong template, untied embeddings or a wrong rope base is off by whole nats. A bf16 file
+# is never held to "exact", not even one made of bf16: llama.cpp rounds what it multiplies with bf16 weights to bf16.
 BOUNDS = {
     "exact": Bound(1e-4, 1.0, True),
+    "f32": Bound(1e-4, 1.0, True),
     "f16": Bound(1e-3, 1.0, True),
     "bf16": Bound(0.01, 0.95, False),
     "q8_0": Bound(0.015, 0.95, False),
@@ -212,7 +215,7 @@ def ask_checkpoint(
     device: "torch.device",
     folder: Path,
 ) -> Reference:
-    """The checkpoint's greedy replies and their log-probabilities, written below `folder`."""
+    """The checkpoint's greedy replies and their log-probabilities, written below `folder`; the model is let go."""
     import torch
 
     model, tokenizer = checkpoints.load(checkpoint, torch.float32)
@@ -225,6 +228,11 @@ def ask_checkpoint(
         read_back.save_logprobs(folder / "checkpoint", number, read_back.reply_logprobs(model, prompt, reply))
         for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
     ]
+    # The fresh process loads its own fp32 copy, and both may not fit beside each other.
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
     def text(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -252,6 +260,8 @@ def read_in_fresh_process(
 ) -> read_back.Result:
     """What the independent reader says.
 
+    Where the device has no room for it, it reads on the CPU.
+
     Raises:
         UserError: it failed; its last line is told.
     """
@@ -265,11 +275,27 @@ def read_in_fresh_process(
         replies=reference.replies,
         folder=str(folder.absolute()),
     )
-    files.write_json(folder / "job.json", asdict(job))
+    done = _read(job)
+    if _ran_out_of_memory(done) and reader != read_back.LLAMA and device.type != "cpu":
+        cli.note(f"自检：{device.type} 的内存不够，改在 CPU 上读 …")
+        done = _read(replace(job, device="cpu"))
+    if _ran_out_of_memory(done):
+        remedy = "没有留下结果；请关掉占内存的程序再试，或加上 --no-self-test"
+        raise UserError(f"自检没有做完：内存不够，{reader} 没有读完导出的模型", None, remedy)
+    if done.returncode:
+        what, remedy = _why_it_ended(done)
+        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{what}", None, f"没有留下结果{remedy}")
+    return read_back.read_result(folder)
+
+
+def _read(job: read_back.Job) -> subprocess.CompletedProcess[str]:
+    """Let the reader do a job; what it has to say lies in the job's folder."""
+    file = Path(job.folder) / "job.json"
+    files.write_json(file, asdict(job))
     here = str(Path(__file__).parent.parent)
     paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "qwenmed.read_back", str((folder / "job.json").absolute())],
+    return subprocess.run(
+        [sys.executable, "-m", "qwenmed.read_back", str(file)],
         env={**os.environ, "PYTHONPATH": paths, "PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
@@ -277,10 +303,12 @@ def read_in_fresh_process(
         errors="replace",
         check=False,
     )
-    if done.returncode:
-        what, remedy = _why_it_ended(done)
-        raise UserError(f"自检没有通过：{reader} 读不出导出的模型：{what}", None, f"没有留下结果{remedy}")
-    return read_back.read_result(folder)
+
+
+def _ran_out_of_memory(done: subprocess.CompletedProcess[str]) -> bool:
+    """Whether the reader failed because a GPU, or torch on a CPU, has no room."""
+    signs = ("out of memory", "MemoryError", "DefaultCPUAllocator: can't allocate")
+    return bool(done.returncode) and any(each in done.stderr for each in signs)
 
 
 def _why_it_ended(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
@@ -289,7 +317,10 @@ def _why_it_ended(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
         rebuild = "；请为这台电脑重新编译：pip install --force-reinstall --no-cache-dir -e '.[gguf]'"
         return "它为另一种 CPU 编译过，这台 CPU 没有其中的指令（SIGILL）", rebuild
     if done.returncode < 0:
-        return f"它的进程被信号 {signal.Signals(-done.returncode).name} 终止", ""
+        name = signal.Signals(-done.returncode).name
+        # So Linux ends a process when memory runs out.
+        remedy = "；多半是内存不够：请关掉占内存的程序再试，或加上 --no-self-test" if name == "SIGKILL" else ""
+        return f"它的进程被信号 {name} 终止", remedy
     lines = done.stderr.strip().splitlines() or [f"状态 {done.returncode}"]
     return lines[-1][:300], ""
 

@@ -3,7 +3,9 @@
 - chrF (Popović, 2015): character n-grams up to 6, sacrebleu's default, over the whole set.
 - BLEU (Papineni et al., 2002): sacrebleu with `tokenize="zh"`, over the whole set; its default tokenizer takes a
   Chinese sentence for one word.
-- ROUGE-1, -2, -L (Lin, 2004): F1 of rouge-chinese over jieba's words, mean over rows; 0 for an empty answer.
+- ROUGE-1, -2, -L (Lin, 2004): F1 of rouge-chinese over jieba's words, mean over rows; 0 for an empty answer. A word
+  counts as often as the reference has it: by its default, `exclusive=True`, the library compares sets, and an answer
+  that says everything eight times would score full. Its ROUGE-L takes both texts as one sequence each.
 
 The corpus scores are made of counts that add up over rows, which is what the bootstrap needs. They are taken from
 sacrebleu's metrics by the two steps of its own paired bootstrap (sacrebleu/significance.py).
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("sacrebleu", "rouge_chinese", "jieba")
 ROUGE = ("rouge-1", "rouge-2", "rouge-l")
-# ROUGE-L goes down a recursion as deep as two sentences are long; no real sentence has so many words.
-LONGEST_SENTENCE = 300
 
 
 def check_installed() -> None:
@@ -83,18 +83,14 @@ def _rouge(hypothesis: str, reference: str) -> tuple[float, ...]:
     pair = words(hypothesis), words(reference)
     if not all(pair):
         return (0.0,) * len(ROUGE)
-    scores = Rouge(metrics=list(ROUGE)).get_scores(*pair)[0]
+    scores = Rouge(metrics=list(ROUGE), exclusive=False).get_scores(*pair)[0]
     return tuple(scores[name]["f"] for name in ROUGE)
 
 
 @functools.lru_cache(maxsize=4096)  # each reference meets every model's answer
 def words(text: str) -> str:
-    """A text with jieba's words set apart by blanks, its lines kept; rouge-chinese reads sentences from it."""
+    """A text with jieba's words set apart by blanks."""
     import jieba
 
     jieba.setLogLevel(logging.WARNING)
-    lines = []
-    for line in text.splitlines():
-        found = [word for word in jieba.lcut(line) if word.strip()]
-        lines += [found[i : i + LONGEST_SENTENCE] for i in range(0, len(found), LONGEST_SENTENCE)]
-    return "\n".join(" ".join(line) for line in lines)
+    return " ".join(word for word in jieba.lcut(text) if word.strip())

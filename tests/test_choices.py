@@ -26,6 +26,11 @@ def written(folder, *rows):
     [
         ("综上，应当首选氨氯地平。\n答案：B", "B"),
         ("答案：**C**", "C"),
+        ("**答案**：B", "B"),
+        ("**正确答案：** B", "B"),
+        ("答案：`B`", "B"),
+        ("正确选项是B", "B"),
+        ("**正确选项**为 **B**。", "B"),
         ("答案是 D。", "D"),
         ("【答案】A", "A"),
         ("答案: \\boxed{A}", "A"),
@@ -57,6 +62,21 @@ def test_options_may_be_a_list_or_lettered_and_the_answer_a_letter_or_the_text(t
     found = choices.read_choices(written(tmp_path, GOOD, lettered, {**GOOD, "answer": "乙", "scenario": "diagnosis"}))
     assert [(each.options, each.answer) for each in found] == [({"A": "甲", "B": "乙", "C": "丙"}, "B")] * 3
     assert found[2].scenario == "diagnosis" and "A. 甲\nB. 乙" in found[0].text
+
+
+def test_options_with_a_gap_keep_their_right_answer(tmp_path):
+    gap = {"question": "哪个是？", "options": {"A": "甲", "C": "丙", "D": "丁"}, "answer": "C"}
+    numbered = {"question": "哪个是？", "options": {"1": "甲", "2": "乙"}, "answer": "2"}
+    first, second = choices.read_choices(written(tmp_path, gap, numbered))
+    assert first.options[first.answer] == "丙" and second.options[second.answer] == "乙"
+
+
+def test_two_questions_with_one_id_are_refused_with_both_places(tmp_path):
+    with pytest.raises(UserError) as caught:
+        choices.read_choices(written(tmp_path, {**GOOD, "id": 3}, GOOD, {**GOOD, "id": "3"}))
+    assert "mine.jsonl:3" in str(caught.value) and "mine.jsonl:1" in str(caught.value)
+    with pytest.raises(UserError, match="mine.jsonl:1"):  # the number of the second row is its id
+        choices.read_choices(written(tmp_path, {**GOOD, "id": 2}, GOOD))
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,37 @@ def test_killed_run_goes_on_from_its_predictions_and_a_biased_judge_decides_noth
     assert not any("<think>" in message["content"] for body in server.asked for message in body["messages"])
 
 
+def test_judge_that_can_not_be_asked_is_told_before_any_model_is(before_and_after, workplace, serve):
+    arguments = ["-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "judged"]
+    server = serve(say())
+    done = evaluate(workplace, *arguments, "--judge-url", server.url, "--judge-model", "another")
+    assert_user_error(done, "another", server.url)
+    assert server.asked == [] and not list((workplace / "judged").glob("predictions*"))
+
+
+def test_failure_behind_the_predictions_keeps_them_and_says_how_to_go_on(before_and_after, workplace):
+    _, folder = before_and_after
+    failed = workplace / "failed"
+    (failed / "report.html").mkdir(parents=True)  # no file can take this name
+    shutil.copy(folder / "predictions.jsonl", failed)
+    arguments = ["-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "failed"]
+    assert_user_error(evaluate(workplace, *arguments), "failed", "--resume")
+    done = evaluate(workplace, *arguments, "--resume")
+    assert done.status != 0 and "predictions.jsonl；加上 --resume" in done.err, done.err
+    assert (failed / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
+
+
+def test_judge_that_does_not_conclude_is_no_success(before_and_after, workplace, serve):
+    shutil.copytree(before_and_after[1], workplace / "unclear")
+    server = serve(say({"content": "说不好。"}))
+    arguments = ["-c", "output/demo-full", "--base", "demo", "--data", "train.jsonl", "--keep-leaked", "-o", "unclear"]
+    done = evaluate(workplace, *arguments, "--resume", "--judge-url", server.url)
+    assert done.status == 3 and "裁判有 8 对没有判出" in done.err, done.err
+    (result,) = read_report(workplace / "unclear")["judge"]["results"]
+    assert result["unclear"] == 8 and result["ties"] == 0 and "说不好" in result["left_out"][0]["error"]
+    assert '<td data-label="判不出">8</td>' in (workplace / "unclear" / "report.html").read_text(encoding="utf-8")
+
+
 def test_rows_that_were_trained_on_are_left_out(workplace):
     train = (workplace / "train.jsonl").read_text(encoding="utf-8").splitlines()
     val = (workplace / "val.jsonl").read_text(encoding="utf-8").splitlines()

@@ -6,18 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, needs_gguf, needs_llama, run_script
+from conftest import ROOT, assert_user_error, needs_gguf, needs_llama, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prompts import GENERAL_PROMPT
 from qwenmed import chat, checkpoints, files, gguf_file, merged_model, model_card, read_back, self_test
 from qwenmed.errors import UserError
-from qwenmed.settings import ExportSettings
+from qwenmed.settings import GGUF_TYPES, K_QUANTS, ExportSettings
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -217,6 +219,27 @@ def test_k_quants_are_llama_cpps_own(best, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("missing", "kind", "words"),
+    [
+        ("gguf", "q8_0", f"没有安装 gguf。请运行 pip install {gguf_file.PACKAGE}$"),
+        ("gguf", "q4_k_m", r"没有安装 gguf。请运行 pip install -e '\.\[gguf\]'（.*C\+\+"),
+        ("llama_cpp", "q4_k_m", r"量化器.*pip install -e '\.\[gguf\]'（.*C\+\+.*十分钟.*--quant q8_0"),
+    ],
+)
+def test_missing_package_is_told_with_the_smallest_remedy(monkeypatch, missing, kind, words):
+    monkeypatch.setitem(sys.modules, "gguf", gguf_file)  # anything that can be imported
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=words):
+        gguf_file.check_installed(kind)
+
+
+def test_gguf_package_is_the_one_of_the_project_and_of_the_docs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert gguf_file.PACKAGE in project["optional-dependencies"]["gguf"]
+    assert f"pip install {gguf_file.PACKAGE}`" in (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
+
+
 def test_engine_is_chosen_by_what_the_path_is(tmp_path):
     from qwenmed.engines import EngineSettings
 
@@ -353,6 +376,53 @@ def test_reader_that_was_killed_says_by_what(best, trained, tmp_path, monkeypatc
         self_test.run(
             best, tmp_path, read_back.TRANSFORMERS, self_test.BOUNDS["exact"], [asked], 4, torch.device("cpu"), tmp_path
         )
+
+
+def test_checkpoint_has_left_the_gpu_when_the_fresh_process_begins(best, trained, tmp_path, monkeypatch):
+    model, tokenizer = checkpoints.load(best, torch.float32)
+    gone, freed = weakref.ref(model), []
+    # It stays on the CPU; and it holds itself, so that counting references does not free it.
+    vars(model).update(to=lambda device: gone(), itself=model)
+    loaded = [(model, tokenizer)]
+    monkeypatch.setattr(checkpoints, "load", lambda checkpoint, dtype: loaded.pop())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(gone() is None))
+    del model
+    asked = chat.user_messages(trained.rows[0]["question"], GENERAL_PROMPT)
+    self_test.ask_checkpoint(best, [asked], 2, torch.device("cuda"), tmp_path)
+    assert freed == [True]
+
+
+READER = """
+import json, pathlib, sys
+job = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+if job["device"] in {full!r}:
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 594.00 MiB.")
+read = dict(prompt=[1], text=job["device"], thinking="", answer="", ended=True, logprobs="")
+(pathlib.Path(job["folder"]) / "result.json").write_text(json.dumps(dict(stops=[], reads=[read])), encoding="utf-8")
+"""
+
+
+def reader_without_memory(tmp_path, monkeypatch, *full):
+    """What the self-test reads from a fresh process for which these devices have no memory."""
+    (package := tmp_path / "qwenmed").mkdir()
+    (package / "__init__.py").touch()
+    (package / "read_back.py").write_text(READER.format(full=full), encoding="utf-8")
+    monkeypatch.setattr(self_test, "__file__", str(package / "self_test.py"))
+    monkeypatch.chdir(tmp_path)
+    reference = reference_of(tmp_path, [log(HERE)], [[0, 1]], ["ab"])
+    return self_test.read_in_fresh_process(
+        tmp_path, read_back.TRANSFORMERS, reference, 4, torch.device("cuda"), tmp_path
+    )
+
+
+def test_reader_without_memory_on_the_gpu_reads_on_the_cpu(tmp_path, monkeypatch, capsys):
+    assert [each.text for each in reader_without_memory(tmp_path, monkeypatch, "cuda").reads] == ["cpu"]
+    assert "CPU" in capsys.readouterr().err
+
+
+def test_reader_without_any_memory_does_not_blame_the_export(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="自检没有做完：内存不够.*--no-self-test"):
+        reader_without_memory(tmp_path, monkeypatch, "cuda", "cpu")
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -524,4 +594,7 @@ def test_card_prefers_the_reports_figures(best, tmp_path):
 
 def test_settings_know_their_types():
     assert ExportSettings(to="gguf", quant="Q8_0").quant == "q8_0"
-    assert set(self_test.BOUNDS) >= {"f16", "bf16", "q8_0", "q4_k_m"}
+
+
+def test_every_type_of_a_gguf_has_its_bound():
+    assert {*GGUF_TYPES, *K_QUANTS} <= set(self_test.BOUNDS)

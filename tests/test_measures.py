@@ -6,9 +6,10 @@ import math
 import pytest
 from fakes import Instant
 
-from qwenmed import chat, checkpoints, comparison, judge, leaks, measures, triage
+from qwenmed import chat, checkpoints, comparison, evaluation, judge, leaks, measures, triage
 from qwenmed.bootstrap import BETTER, NO_DIFFERENCE, Bootstrap
 from qwenmed.engine import Generation
+from qwenmed.errors import UserError
 from qwenmed.evaluation import ANSWERS, CHOICES, PERPLEXITY, SAFETY, UrgencyQuestion
 from qwenmed.records import Record
 
@@ -207,9 +208,82 @@ def test_judge_that_reads_is_believed():
     assert result["net"]["verdict"] == BETTER and result["first"]["value"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "answer, verdict",
+    [
+        ("两段都对，第一段更安全。\n结论：一", "一"),
+        ("结论: 二", "二"),
+        ("**结论**：一", "一"),
+        ("**结论：** 一", "一"),
+        ("`结论：二`", "二"),
+        ("结论：【一】", "一"),
+        ("结论：「一」", "一"),
+        ("结论：回答一", "一"),
+        ("结论：回答二更好", "二"),
+        ("结论：第一段", "一"),
+        ("结论：平局", "平"),
+        ("结论：一。\n再想想，\n结论：二", "二"),
+        ("结论：二者相当", None),
+        ("结论：一样好", None),
+        ("结论：一致", None),
+        ("结论：一段都不好", None),
+        ("结论：一个都不好", None),
+        ("结论：回答一和回答二相当", None),
+        ("结论：第一段与第二段相当", None),
+        ("结论：一、二相当", None),
+        ("结论：一不如二", None),
+        ("先看“结论：一”怎样写。\n结论：二者相当", None),
+        ("一更好", None),
+        ("", None),
+    ],
+)
+def test_conclusion_is_read_as_judges_spell_it(answer, verdict):
+    assert judge.verdict(answer) == verdict
+
+
+class Scripted(Instant):
+    """Gives these results in turn: a text is a reply, an error stays one."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results = results
+
+    def generate(self, prompts):
+        for _, result in zip(prompts, self.results, strict=True):
+            reply = isinstance(result, str)
+            yield Generation(chat.Reply("", result), "stop", 1, 0, 5, 0.1) if reply else result
+
+
 def test_judge_without_a_conclusion_decides_nothing():
     rows = [prediction("a", str(i)) for i in range(8)]
     (result,) = judge.judge(Instant("说不好。"), rows, {"b": rows}, Bootstrap(0))["results"]
-    assert (result["wins"], result["ties"], result["unclear"]) == (0, 8, 16)
+    assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (0, 0, 0, 8)
     assert result["first"]["value"] is None and json.dumps(result, allow_nan=False)  # it was NaN, which is no JSON
-    assert result["net"]["verdict"] == NO_DIFFERENCE
+    assert result["net"]["value"] is None and result["net"]["verdict"] == NO_DIFFERENCE
+    assert result["left_out"][0] == {"id": "0", "error": "没有写出结论：说不好。"}
+
+
+def test_pair_that_the_judge_refuses_is_no_tie_and_the_reason_is_kept():
+    rows = [prediction("a", str(i)) for i in range(8)]
+    win, tie = ["结论：一", "结论：二"], ["结论：平", "结论：平"]
+    refused = [UserError("服务器不接受这个问题（400）：context length", "http://x"), "结论：二"]
+    (result,) = judge.judge(Scripted(*win * 6, *tie, *refused), rows, {"b": rows}, Bootstrap(0))["results"]
+    assert (result["wins"], result["ties"], result["losses"], result["unclear"]) == (6, 1, 0, 1)
+    assert result["net"]["rows"] == 7 and result["net"]["value"] == pytest.approx(6 / 7)
+    assert result["left_out"] == [{"id": "7", "error": "服务器不接受这个问题（400）：context length（http://x）"}]
+
+
+def test_bias_towards_the_first_answer_is_counted_pair_by_pair():
+    # The two verdicts of a pair are not independent: eight pairs are eight rows, and are drawn as such.
+    rows = [prediction("a", str(i)) for i in range(8)]
+    biased = ["结论：一", "结论：一"] * 5 + ["结论：二", "结论：二"] * 2 + ["结论：平", "结论：一"]
+    (result,) = judge.judge(Scripted(*biased), rows, {"b": rows}, Bootstrap(0))["results"]
+    assert result["first"]["rows"] == 8 and result["first"]["value"] == pytest.approx(11 / 15)
+
+
+def test_two_urgency_questions_with_one_id_are_refused_with_both_places(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"id": "a", "question": f"第{i}问？", "emergency": True} for i in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match="mine.jsonl:1.*mine.jsonl:2|mine.jsonl:2.*mine.jsonl:1"):
+        evaluation.read_urgency_questions(path)

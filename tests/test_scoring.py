@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenmed import chat, checkpoints, scoring
 from qwenmed.errors import UserError
@@ -12,8 +14,6 @@ from qwenmed.scoring import Marked
 
 @pytest.fixture(scope="module")
 def model(demo_model):
-    import torch
-
     return checkpoints.load_base(demo_model, torch.float32).eval()
 
 
@@ -29,8 +29,6 @@ def rows(records):
 
 def plain(model, ids, span):
     """One row, its whole logits, in double precision."""
-    import torch
-
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([list(ids)])).logits[0].double()
     shares = torch.log_softmax(logits, dim=-1)
@@ -75,7 +73,6 @@ def test_perplexity_of_an_untrained_model_is_about_its_vocabulary(model, tokeniz
 
 
 def test_an_adapter_is_scored_through_its_base(demo_model, tokenizer, records):
-    import torch
     from peft import LoraConfig, get_peft_model
 
     base = checkpoints.load_base(demo_model, torch.float32).eval()
@@ -98,3 +95,23 @@ def test_many_sequences_of_many_lengths_come_back_in_order(model):
     found = list(scoring.summed_losses(model, iter(sequences)))
     for i in (0, 63, 64, 149):
         assert found[i] == pytest.approx([plain(model, sequences[i].ids, sequences[i].spans[0])], rel=1e-4)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Plays a device without float64, as Apple's MPS is, on tensors of the meta device; what is fetched from it is 0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.is_nonzero.default:
+            return False
+        if func is torch.ops.aten.to.dtype_layout and args[0].is_meta and kwargs["device"].type == "cpu":
+            return torch.zeros(args[0].shape, dtype=kwargs["dtype"])
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.is_meta and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+def test_device_without_double_precision_can_score(demo_model):
+    model = checkpoints.load_base(demo_model, torch.float32).eval().to("meta")
+    with NoDoubles():
+        assert list(scoring.summed_losses(model, [Marked([1, 2, 3], [range(1, 3)])])) == [[0.0]]

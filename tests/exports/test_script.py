@@ -120,6 +120,16 @@ def test_adapter_becomes_a_gguf(adapter, tmp_path, to):
         assert "ollama create adapter -f Modelfile" in done.out and "--base-url http://localhost:11434/v1" in done.out
 
 
+@needs_gguf
+def test_gguf_that_keeps_every_number_is_held_to_the_strictest_bound(trained, tmp_path):
+    done = run_script(
+        "export.py", "-c", trained.run, "--to", "gguf", "--quant", "f32", "--self-test-tokens", "16", cwd=tmp_path
+    )
+    assert done.status == 0, done.err
+    assert (tmp_path / "exports" / "demo-full-gguf-f32" / "demo-full-F32.gguf").is_file()
+    assert "贪心文字：8/8" in done.out and "要求 ≤ 0.0001" in done.out
+
+
 @needs_llama
 def test_exported_gguf_folder_answers_in_llama_cpp(trained, tmp_path):
     done = run_script("export.py", "-c", trained.run, "--to", "gguf", cwd=tmp_path)
