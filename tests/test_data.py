@@ -108,6 +108,28 @@ def test_unusable_source_is_one_line_and_leaves_existing_files(tmp_path, name, c
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "train.jsonl"], ["train.jsonl", "--output-dir"]),
+        (["--source", "."], ["dropped.jsonl", "--output-dir"]),
+        (["--source", "in.jsonl", "--decontaminate", "val.jsonl"], ["val.jsonl", "--output-dir"]),
+        (["--source", "val_format.jsonl", "--output-dir", "../work"], ["val_format.jsonl", "--output-dir"]),
+    ],
+)
+def test_a_file_that_is_read_is_never_written_over(tmp_path, arguments, words):
+    # Each run would move a tenth of the training rows into a val.jsonl that the next one throws away.
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in (*NAMES, "in.jsonl", "dropped.jsonl"):
+        make(work, 12, name)
+    (work / "val.jsonl").write_text('{"question": "头痛发热三天怎么办", "answer": "休息。"}\n', encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    assert_user_error(run_script("data.py", *arguments, cwd=work), *words)
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert run_script("data.py", "--source", "train.jsonl", "--output-dir", "other", cwd=work).status == 0
+
+
 def test_full_disk_leaves_the_old_files(tmp_path):
     if os.name != "posix" or os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("needs root on Linux to mount a small file system")
