@@ -49,9 +49,15 @@ DROPPED_FILE = "dropped.jsonl"
 
 
 def main() -> int:
-    """Collect, split, write, report."""
+    """Prepare the data, alone in the output folder."""
     args = parse_args()
     output_dir = files.check_writable(args.output_dir)
+    with files.holding(output_dir, "数据准备"):
+        return prepare(args, output_dir)
+
+
+def prepare(args: argparse.Namespace, output_dir: Path) -> int:
+    """Collect, split, write, report; the exit status."""
     plan = make_plan(args)
     sources = [
         Source(locate(source), weight)

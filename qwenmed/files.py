@@ -218,7 +218,7 @@ def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, IO[str]]]:
         for mark in marks:
             mark.touch()
     for mark in marks:
-        mark.unlink()
+        mark.unlink(missing_ok=True)  # another run beside this one may have removed it
 
 
 def check_belong_together(path: Path) -> None:

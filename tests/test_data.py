@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
+from qwenmed import files
+
 NAMES = ("train.jsonl", "val.jsonl", "train_format.jsonl", "val_format.jsonl")
 
 
@@ -128,6 +130,16 @@ def test_a_file_that_is_read_is_never_written_over(tmp_path, arguments, words):
     assert_user_error(run_script("data.py", *arguments, cwd=work), *words)
     assert {path.name: path.read_bytes() for path in work.iterdir()} == before
     assert run_script("data.py", "--source", "train.jsonl", "--output-dir", "other", cwd=work).status == 0
+
+
+def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path):
+    make(tmp_path, 10)
+    with files.holding(tmp_path, "数据准备"):
+        done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert_user_error(done, "另一个数据准备正在使用", "--output-dir")
+    assert not [name for name in NAMES if (tmp_path / name).exists()]
+    assert run_script("data.py", "--source", "in.jsonl", cwd=tmp_path).status == 0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_full_disk_leaves_the_old_files(tmp_path):
