@@ -128,6 +128,9 @@ class Examiner:
 
     def _checked(self, record: Record) -> "Rejected | tuple[Record, dict[str, str], Counter]":
         record, found, masked = findings.examine(record, self._plan.limits)
+        again = schemas.parse_row(record.row, record.place)
+        if isinstance(again, Problem):  # what was all written-out line breaks is empty once they are repaired
+            return Rejected(again, INVALID)
         shared = self._plan.held_out.overlap(record) if self._plan.held_out else None
         if shared:
             return Rejected(Problem(record.place, f"与评估集重叠：“{shared[0]}”（{shared[1]}）"), DECONTAMINATED)

@@ -243,6 +243,8 @@ def _inline(text: str) -> tuple[str, str]:
     """Thinking and answer of a reply that may hold both."""
     think, closed, answer = text.partition("</think>")
     if closed:
+        if answer.lstrip().startswith("<think>"):  # which of the two is the thinking?
+            raise _Unusable("回答又以 <think> 开头")
         return think.strip().removeprefix("<think>").strip(), answer.strip()
     if text.lstrip().startswith("<think>"):
         raise _Unusable("思考没有结束：有 <think>，没有 </think>")

@@ -61,6 +61,27 @@ def test_dropped_rows_are_named_with_line_and_reason_and_good_ones_kept(tmp_path
     assert len(rows_of(tmp_path / "train.jsonl")) + len(rows_of(tmp_path / "val.jsonl")) == 9
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "头痛怎么办", "think": "", "answer": "\\n"}, "缺少 answer"),
+        ({"question": "\\n\\n", "think": "", "answer": "休息。"}, "缺少 question"),
+        ({"prompt": "头痛怎么办", "response": "<think>\n\n</think>\n\n<think>\n好的，用户头痛"}, "<think>"),
+        ({"question": "头痛怎么办", "answer": "\\n<think>\n好的，用户头痛"}, "<think>"),
+    ],
+)
+def test_row_that_is_none_once_it_is_repaired_is_dropped(tmp_path, row, reason):
+    make(tmp_path, 20)
+    with (tmp_path / "in.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 3, done.err
+    [dropped] = rows_of(tmp_path / "dropped.jsonl")
+    assert dropped["place"] == "in.jsonl:21" and reason in dropped["reason"]
+    assert len(rows_of(tmp_path / "train.jsonl") + rows_of(tmp_path / "val.jsonl")) == 20
+    assert all((tmp_path / name).exists() for name in NAMES)
+
+
 def test_formatted_files_are_rebuilt_when_source_or_seed_change(tmp_path):
     make(tmp_path, 20)
     run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
