@@ -116,7 +116,8 @@ def with_texts(record: Record, question: str, think: str, answer: str) -> Record
     changed = replace(record, question=question, think=think, answer=answer)
     if recognise(record.row) == OWN:
         texts = {"question": question, "think": think, "answer": answer}
-        row = {name: texts.get(name, value) for name, value in record.row.items()}
+        # A thinking that stood inside of the answer has no field yet.
+        row = {**record.row, **{name: text for name, text in texts.items() if text or name in record.row}}
     else:
         row = as_row(changed)
     return replace(changed, row=row)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenmed import contamination, findings, lengths, near_duplicates, splitting
+from qwenmed import contamination, findings, lengths, near_duplicates, schemas, splitting
 from qwenmed.records import Record
 
 WORDS = "患者血压头痛发热咳嗽休息饮水药物检查医生饮食运动睡眠疼痛感染治疗预防症状每天应该可以需要注意情况"
@@ -177,3 +177,12 @@ def test_no_example_shows_personal_data():
     assert "5678" not in str(what) and "138 1234 5678" in record.question
     record, _, _ = found(question=phone, redact=True)
     assert record.question == record.row["question"] == "我电话[手机号]，"
+
+
+def test_thinking_inside_of_the_answer_survives_a_repair():
+    row = {"question": "头痛？", "answer": "<think>\n想\n</think>\n\n休息。\\n多喝水。"}
+    [record] = schemas.parse_row(row, "f:1")
+    repaired, _, _ = findings.examine(record, findings.Limits())
+    assert repaired.row == {"question": "头痛？", "think": "想", "answer": "休息。\n多喝水。"}
+    [again] = schemas.parse_row(repaired.row, "f:1")
+    assert (again.think, again.answer) == ("想", "休息。\n多喝水。")
