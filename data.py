@@ -35,6 +35,7 @@ from qwenmed import (
     terminal,
 )
 from qwenmed.collection import INVALID, Collection
+from qwenmed.controls import printable
 from qwenmed.errors import UserError
 from qwenmed.preparation import Plan, Source
 from qwenmed.rows import data_files
@@ -264,7 +265,7 @@ def summarise(
     report = audit.summary(
         collection, parts, settings, MEDICAL_SCENARIOS, "token" if plan.tokenizer else "字符，未计 token"
     )
-    print(audit.as_text(report))
+    print(printable(audit.as_text(report)))
     names = "train.jsonl、val.jsonl、train_format.jsonl、val_format.jsonl"
     if collection.tally.dropped:
         names += "、dropped.jsonl"

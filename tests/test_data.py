@@ -163,6 +163,15 @@ def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_scenario_of_the_data_can_not_steer_the_terminal(tmp_path):
+    make(tmp_path, 12)
+    with (tmp_path / "in.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"question": "头痛？", "answer": "休息。", "scenario": "\x1b[2J\x9b31m"}) + "\n")
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 0 and "\u241b[2J" in done.out
+    assert "\x1b" not in done.out and "\x9b" not in done.out
+
+
 def test_full_disk_leaves_the_old_files(tmp_path):
     if os.name != "posix" or os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("needs root on Linux to mount a small file system")
