@@ -15,7 +15,7 @@ from pathlib import Path
 from qwenmed import files
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
-from qwenmed.rows import DATA_SUFFIXES, data_files, kind, read_rows
+from qwenmed.rows import DATA_SUFFIXES, data_files, kind, read_rows, shown
 
 NGRAM = 13
 # A shorter whole text ("头痛怎么办") says too little.
@@ -80,7 +80,7 @@ class HeldOut:
 def _texts(path: Path) -> Iterable[tuple[str, str]]:
     if path.suffix.lower() == ".txt":
         for number, line in enumerate(files.read_lines(path), 1):
-            yield f"{path}:{number}", line
+            yield f"{shown(path)}:{number}", line
         return
     if path.is_file() and kind(path) not in DATA_SUFFIXES:
         raise UserError("不支持的格式", path, f"支持 .txt（每行一段）和 {'、'.join(DATA_SUFFIXES)}")

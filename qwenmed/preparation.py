@@ -168,11 +168,11 @@ def _number(text: str) -> int:
 def _chunks(sources: Sequence[Source], plan: Plan, tally: Tally) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
     for number, source in enumerate(sources):
         for path in rows.data_files(source.path):
-            stream = rows.read_rows(path)
+            stream, name = rows.read_rows(path), rows.shown(path)
             while chunk := list(itertools.islice(stream, CHUNK)):
-                tally.read[str(path)] += len(chunk)
-                if not tally.schemas.get(str(path)):
-                    tally.schemas[str(path)] = next(
+                tally.read[name] += len(chunk)
+                if not tally.schemas.get(name):
+                    tally.schemas[name] = next(
                         filter(None, (schemas.recognise(row, plan.mapping) for _, row in chunk)), ""
                     )
                 yield number, chunk

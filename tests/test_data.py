@@ -163,6 +163,30 @@ def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_file_names_that_are_no_utf8_are_told_as_far_as_they_can_be(tmp_path):
+    make(tmp_path, 12)
+    good = (tmp_path / "in.jsonl").read_bytes()
+    gbk = os.fsdecode("问诊".encode("gbk"))
+    contents = {"jsonl": good + b'{"question": "q"}\n', "csv": b"question,answer\nq,\n", "json": b'[{"question": "q"}]'}
+    (tmp_path / "in").mkdir()
+    try:
+        for suffix, content in contents.items():
+            (tmp_path / "in" / f"{gbk}.{suffix}").write_bytes(content)
+        (tmp_path / f"{gbk}.jsonl").write_bytes(good + good.replace("问题".encode(), "另有问题".encode()))
+        (tmp_path / f"{gbk}.txt").write_text("另有问题3另有问题3\n", encoding="utf-8")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("file names are always text here")
+    sources = ("--source", "in", f"{gbk}.jsonl", "--decontaminate", f"{gbk}.txt")
+    done = run_script("data.py", *sources, "--audit", cwd=tmp_path)
+    assert done.status == 3, done.err
+    shown = gbk.encode(errors="backslashreplace").decode()
+    places = {row["place"] for row in rows_of(tmp_path / "dropped.jsonl")}
+    assert {f"in/{shown}.csv:2", f"in/{shown}.json:第1条", f"in/{shown}.jsonl:13"} < places
+    report = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert f"in/{shown}.jsonl" in [each["file"] for each in report["sources"]]
+    assert shown in (tmp_path / "audit.html").read_text(encoding="utf-8")
+
+
 def test_scenario_of_the_data_can_not_steer_the_terminal(tmp_path):
     make(tmp_path, 12)
     with (tmp_path / "in.jsonl").open("a", encoding="utf-8") as file:
