@@ -226,11 +226,16 @@ def _gzipped_json(path: Path) -> Any:
 
 
 def _csv_rows(path: Path) -> Rows:
+    # The standard library's own limit of 128 kB is one for the whole process; an answer may be longer.
+    csv.field_size_limit(LONGEST_LINE)
     # Bytes that are no UTF-8 become half surrogate pairs, by which their row is known.
     lines = (_csv_line(data) for _, data in _lines(path))
-    reader = csv.DictReader(lines)
+    # Strict, or a quote without its other takes all that follows for one answer.
+    reader = csv.DictReader(lines, strict=True)
+    read = 0
     try:
         for row in reader:
+            read = reader.line_num
             place = f"{shown(path)}:{reader.line_num}"
             texts = "".join(text for text in row.values() if isinstance(text, str))
             if None in row:
@@ -242,7 +247,9 @@ def _csv_rows(path: Path) -> Rows:
             else:
                 yield place, row
     except csv.Error as error:
-        raise UserError(f"CSV 格式错误：{error}", f"{path}:{reader.line_num}", "请重新导出") from None
+        what = "最后一条不完整" if "unexpected end" in str(error) else f"CSV 格式错误：{error}"
+        remedy = "文件没有写完，或有引号没有配对；请重新获取，或改正这一条"
+        raise UserError(what, f"{path}:{read + 1}", remedy) from None
 
 
 def _csv_line(data: bytes | None) -> str:
