@@ -166,7 +166,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         limits=findings.Limits(args.copied_thinking, args.redact),
         drop=frozenset(args.drop),
         near_duplicate=args.near_duplicate,
-        held_out=contamination.HeldOut(args.decontaminate) if args.decontaminate else None,
+        held_out=contamination.HeldOut(args.decontaminate, args.map) if args.decontaminate else None,
         tokenizer=tokenizer_folder(args.tokenizer, args.source == ["demo"]),
         max_length=args.max_length,
         general=GENERAL_PROMPT,
