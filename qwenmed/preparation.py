@@ -205,18 +205,24 @@ def _examined(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-# What a worker process keeps from one chunk to the next; the main process never sets it.
-_worker: list[Examiner] = []
+# What a worker process keeps from one chunk to the next, or why it can't work; the main process never sets it.
+_worker: list[Examiner | UserError] = []
 
 
 def _begin_work(plan: Plan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the work
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker.append(Examiner(plan))
+    try:
+        _worker.append(Examiner(plan))
+    except UserError as error:  # raised here, it would be a traceback, and for the main process a worker that died
+        _worker.append(error)
 
 
 def _work(chunk: list[tuple[str, Any]]) -> "list[Examined | Rejected]":
-    return _worker[0].examine(chunk)
+    [examiner] = _worker
+    if isinstance(examiner, UserError):
+        raise examiner
+    return examiner.examine(chunk)
 
 
 def _leave_with_parent() -> None:

@@ -133,6 +133,20 @@ def test_workers_give_the_same_files_as_one_process(tmp_path):
     assert written[0] == written[1] and len(written[0]) == 5
 
 
+def test_unusable_tokenizer_is_the_same_line_with_workers_as_without(tmp_path):
+    write(tmp_path / "in.jsonl", some_rows(600))
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    said = []
+    for workers in ("1", "2"):
+        arguments = ("--source", "in.jsonl", "--tokenizer", "tok", "--workers", workers)
+        done = run_script("data.py", *arguments, cwd=tmp_path)
+        assert_user_error(done, "tok")
+        assert "--workers" not in done.err
+        said.append(done.last_line)
+    assert said[0] == said[1]
+
+
 def test_scenario_of_a_question_is_suggested_where_the_data_name_none(tmp_path):
     rows = some_rows(20)
     rows[0]["question"] = "两岁的宝宝发烧三十九度怎么办？"
