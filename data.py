@@ -16,7 +16,7 @@
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prompts import GENERAL_PROMPT, MEDICAL_PROMPTS, MEDICAL_SCENARIOS
@@ -35,25 +35,38 @@ from qwenmed import (
     terminal,
 )
 from qwenmed.collection import INVALID, Collection
+from qwenmed.controls import printable
 from qwenmed.errors import UserError
 from qwenmed.preparation import Plan, Source
+from qwenmed.rows import data_files
 from qwenmed.splitting import split
 
 SHOWN_PROBLEMS = 20
 # What `--drop` can leave out; the other checks are repaired, or are no fault of the row.
 DROPPABLE = [check.key for check in findings.CHECKS if not check.done and check.key != "same_question"]
 TRAIN, VAL = "train", "val"
+DATA_FILES = [f"{part}{suffix}.jsonl" for part in (TRAIN, VAL) for suffix in ("", "_format")]
+DROPPED_FILE = "dropped.jsonl"
 
 
 def main() -> int:
-    """Collect, split, write, report."""
+    """Prepare the data, alone in the output folder."""
     args = parse_args()
     output_dir = files.check_writable(args.output_dir)
+    with files.holding(output_dir, "数据准备"):
+        return prepare(args, output_dir)
+
+
+def prepare(args: argparse.Namespace, output_dir: Path) -> int:
+    """Collect, split, write, report; the exit status."""
     plan = make_plan(args)
     sources = [
         Source(locate(source), weight)
         for source, weight in zip(args.source, args.weights or [1.0] * len(args.source), strict=True)
     ]
+    refuse_to_overwrite(
+        [*(source.path for source in sources), *args.decontaminate], output_files(output_dir, args.audit)
+    )
     workers = args.workers or preparation.workers_for(sources)
     with terminal.reading_progress() as progress, files.naming(output_dir):
         collection = preparation.collect(sources, plan, output_dir, workers, progress)
@@ -153,7 +166,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         limits=findings.Limits(args.copied_thinking, args.redact),
         drop=frozenset(args.drop),
         near_duplicate=args.near_duplicate,
-        held_out=contamination.HeldOut(args.decontaminate) if args.decontaminate else None,
+        held_out=contamination.HeldOut(args.decontaminate, args.map) if args.decontaminate else None,
         tokenizer=tokenizer_folder(args.tokenizer, args.source == ["demo"]),
         max_length=args.max_length,
         general=GENERAL_PROMPT,
@@ -183,6 +196,25 @@ def locate(source: str) -> Path:
     return Path(source)
 
 
+def output_files(output_dir: Path, audited: bool) -> list[Path]:
+    """Every file that a run writes or removes."""
+    audits = [audit.AUDIT_HTML, audit.AUDIT_JSON] if audited else []
+    return [output_dir / name for name in (*DATA_FILES, DROPPED_FILE, *audits)]
+
+
+def refuse_to_overwrite(read: Iterable[Path], written: Sequence[Path]) -> None:
+    """Make sure that nothing is read which will be written over: run by run, validation rows would be lost for good.
+
+    Raises:
+        UserError: a file is both.
+    """
+    there = [path for path in written if path.exists()]
+    for path in read:
+        for file in [path] if path.is_file() else data_files(path):
+            if any(file.samefile(each) for each in there):
+                raise UserError("这个文件既要读，又会被结果覆盖", file, "请用 --output-dir 把结果写到另一个目录")
+
+
 def report_dropped(collection: Collection) -> None:
     """Say which rows were dropped and why; the first ones here, all of them in dropped.jsonl."""
     collection.dropped.seek(0)
@@ -208,8 +240,8 @@ def weighted(train: Sequence[int], collection: Collection, sources: Sequence[Sou
 
 def write(output_dir: Path, collection: Collection, parts: dict[str, Sequence[int]], mode: str) -> None:
     """Write all four files and dropped.jsonl, or none."""
-    dropped = output_dir / "dropped.jsonl"
-    paths = [output_dir / f"{part}{suffix}.jsonl" for part in parts for suffix in ("", "_format")]
+    dropped = output_dir / DROPPED_FILE
+    paths = [output_dir / name for name in DATA_FILES]
     with files.whole_files([*paths, *([dropped] if collection.tally.dropped else [])]) as opened:
         for part, numbers in parts.items():
             raw, formatted = opened[output_dir / f"{part}.jsonl"], opened[output_dir / f"{part}_format.jsonl"]
@@ -233,7 +265,7 @@ def summarise(
     report = audit.summary(
         collection, parts, settings, MEDICAL_SCENARIOS, "token" if plan.tokenizer else "字符，未计 token"
     )
-    print(audit.as_text(report))
+    print(printable(audit.as_text(report)))
     names = "train.jsonl、val.jsonl、train_format.jsonl、val_format.jsonl"
     if collection.tally.dropped:
         names += "、dropped.jsonl"

@@ -5,7 +5,8 @@
     python download_model.py Qwen/Qwen3-0.6B --source huggingface    # 可设 HF_ENDPOINT 使用镜像
     python download_model.py demo                        # 演示模型，不联网
 
-先试 ModelScope，连不上或没有这个模型时再试 Hugging Face；断了可以重来，会接着下载。已有完整的本地副本时不联网。
+先试 ModelScope，连不上或没有这个模型时再试 Hugging Face；断了可以重来，会接着下载。
+已有完整的本地副本时不联网；它记着自己是哪个模型、哪个版本，不是要的那个就会报错。
 最后检查配置、分词器和权重能否载入；没有下载完整的目录不会以正式名称出现。
 """
 

@@ -102,7 +102,9 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     """Write audit.json and audit.html."""
     page = pages.render(PAGE, {"count": "{:,}".format, "percent": "{:.1%}".format, "shown": _shown}, report=report)
     text = json.dumps(report, ensure_ascii=False, indent=2, default=str) + "\n"
-    files.write_whole({folder / AUDIT_JSON: text, folder / AUDIT_HTML: page})
+    # A path on the command line need be no text either; JSON's own escape is the same as Python's.
+    texts = {folder / AUDIT_JSON: text, folder / AUDIT_HTML: page}
+    files.write_whole({path: text.encode(errors="backslashreplace").decode() for path, text in texts.items()})
 
 
 def as_text(report: Mapping[str, Any]) -> str:

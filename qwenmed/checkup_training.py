@@ -182,7 +182,7 @@ class TrainingCheckup:
             counts[part], seen[part] = 0, set()
             for found in sources.stream(path):
                 if isinstance(found, Problem):
-                    raise UserError(found.reason, found.place, f"python data.py --source {path} 清洗数据")
+                    raise UserError(found.reason, found.place, f"python data.py --source {path} --output-dir 新目录")
                 counts[part] += len(found)
                 seen[part] |= {leaks.text_fingerprint(record.question) for record in found}
                 if part == "训练" and len(self._records) < LOOKED_AT:

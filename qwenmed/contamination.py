@@ -7,21 +7,26 @@ questions are) overlaps where the whole of it stands in the row's question, so t
 Limits: a rewording is not found; a training row may share a guideline's sentence without having been copied.
 """
 
+import collections
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qwenmed import files
+from qwenmed import files, schemas
 from qwenmed.errors import UserError
 from qwenmed.records import Problem, Record
-from qwenmed.rows import DATA_SUFFIXES, data_files, kind, read_rows
+from qwenmed.rows import DATA_SUFFIXES, data_files, kind, read_rows, shown
 
 NGRAM = 13
 # A shorter whole text ("头痛怎么办") says too little.
 SHORTEST = 6
-# The fields of an evaluation row that hold what must not have been trained on.
-TEXT_FIELDS = ("question", "answer", "input", "output", "response", "options", "text", "prompt", "content", "value")
+# The fields of an evaluation row that hold what must not have been trained on, whatever its schema. `instruction` is
+# none of them: it may be a system prompt.
+TEXT_FIELDS = (
+    "question", "query", "problem", "prompt", "input", "options", "answer", "output", "response", "solution", "text",
+    "content", "value",
+)  # fmt: skip
 
 _UNIT = re.compile(r"[a-z0-9]+|[^\W_a-z0-9]")
 
@@ -36,17 +41,18 @@ class HeldOut:
 
     Args:
         paths: evaluation files in any format that can be read, or .txt lists with one n-gram a line.
+        mapping: as in `schemas.parse_row`, for rows that are recognised by nothing else.
 
     Raises:
         UserError: a file is missing or broken, or holds no text.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -> None:
         self._long: dict[str, str] = {}
         self._short: dict[str, str] = {}
         for path in paths:
             before = len(self)
-            for place, text in _texts(path):
+            for place, text in _texts(path, mapping):
                 self._add(units(text), place)
             if len(self) == before:
                 raise UserError("没有可以对照的文本", path, f"至少要有 {SHORTEST} 个字")
@@ -77,18 +83,42 @@ class HeldOut:
             self._long.setdefault(" ".join(found[start : start + NGRAM]), place)
 
 
-def _texts(path: Path) -> Iterable[tuple[str, str]]:
+def _texts(path: Path, mapping: Mapping[str, str] | None) -> Iterable[tuple[str, str]]:
     if path.suffix.lower() == ".txt":
         for number, line in enumerate(files.read_lines(path), 1):
-            yield f"{path}:{number}", line
+            yield f"{shown(path)}:{number}", line
         return
     if path.is_file() and kind(path) not in DATA_SUFFIXES:
         raise UserError("不支持的格式", path, f"支持 .txt（每行一段）和 {'、'.join(DATA_SUFFIXES)}")
+    tasks: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for file in data_files(path):
         for place, row in read_rows(file):
             if isinstance(row, Problem):
                 raise UserError(row.reason, place, "请改正评估文件，否则会漏掉它")
             yield from ((place, text) for text in _strings(row, inside=False))
+            for record in _records(row, place, mapping):
+                if task := _task(row):
+                    tasks[task].append((place, record.question))
+                else:
+                    yield place, record.question
+                yield place, record.answer
+                yield from ((place, text) for turn in record.history for text in turn)
+    # A task that several rows share ("请根据患者的描述回答") is no question: it would remove every row that has it too.
+    yield from (asked[0] for asked in tasks.values() if len(asked) == 1)
+
+
+def _records(row: object, place: str, mapping: Mapping[str, str] | None) -> list[Record]:
+    """What a row asks and answers, where its schema is recognised."""
+    parsed = schemas.parse_row(row, place)
+    if isinstance(parsed, Problem) and mapping:
+        parsed = schemas.parse_row(row, place, mapping)
+    return parsed if isinstance(parsed, list) else []
+
+
+def _task(row: Mapping[str, object]) -> str:
+    """The instruction of an Alpaca row that has an input besides; the input counts in any case."""
+    both = schemas.recognise(row) == schemas.ALPACA and str(row.get("input") or "").strip()
+    return str(row["instruction"]) if both else ""
 
 
 def _strings(value: object, inside: bool) -> Iterable[str]:

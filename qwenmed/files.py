@@ -153,27 +153,25 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     Raises:
         UserError: another process that is alive fills it.
     """
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = hold(partial, what)
-    try:
-        for left in partial.iterdir():
-            if left.name != LOCK_FILE:
+    partial, old, lock = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old", "lock"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: Windows renames none in which a file is open.
+    with holding(target, what, lock):
+        try:
+            partial.mkdir(exist_ok=True)
+            for left in partial.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield partial
-        for path in partial.rglob("*"):  # safetensors makes 0600, which a colleague's job could not read
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        (partial / LOCK_FILE).unlink()
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.replace(old)
-        partial.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+            yield partial
+            for path in partial.rglob("*"):  # safetensors makes 0600, which a colleague's job could not read
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.replace(old)
+            partial.replace(target)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def check_space(folder: Path, needed: int, remedy: str) -> None:
@@ -220,7 +218,7 @@ def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, IO[str]]]:
         for mark in marks:
             mark.touch()
     for mark in marks:
-        mark.unlink()
+        mark.unlink(missing_ok=True)  # another run beside this one may have removed it
 
 
 def check_belong_together(path: Path) -> None:
@@ -307,9 +305,34 @@ def hold(folder: Path, what: str) -> "FileLock":
     Raises:
         UserError: another process that is still alive has it.
     """
+    return _lock(folder / LOCK_FILE, folder, what)
+
+
+@contextlib.contextmanager
+def holding(folder: Path, what: str, file: Path | None = None) -> Iterator[None]:
+    """Hold a folder, as `hold` does, for the length of the block; no lock file is left.
+
+    Args:
+        file: the lock file, where it can't lie in the folder.
+
+    Raises:
+        UserError: as `hold`.
+    """
+    file = file or folder / LOCK_FILE
+    lock = _lock(file, folder, what)
+    try:
+        yield
+    finally:
+        # While it is still held: later, it could be another's. Windows refuses this; filelock itself removes it there.
+        with contextlib.suppress(OSError):
+            file.unlink()
+        lock.release()
+
+
+def _lock(file: Path, folder: Path, what: str) -> "FileLock":
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK_FILE)
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:

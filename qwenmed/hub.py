@@ -40,6 +40,9 @@ DATASET_IDS: dict[str, str | None] = {MODELSCOPE: "krisfu/delicate_medical_r1_da
 # nor code.
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".yaml", ".md")
 
+# In a fetched model's folder: which repository it is, and at which revision.
+SOURCE_FILE = ".source.json"
+
 T = TypeVar("T")
 Say = Callable[[str], None]
 
@@ -76,13 +79,40 @@ def fetch_model(
         say: takes the decisions made on the way.
 
     Raises:
-        UserError: it can't be had, with what each source said; or `local_dir` holds something else.
+        UserError: it can't be had, with what each source said; or `local_dir` holds something else, another model too.
         OSError: the disk can't take it.
     """
     if not missing_model_files(local_dir):
+        _check_source(local_dir, model_id, revision, say)
         return local_dir
     check_free(local_dir)
     return _fetch("model", dict.fromkeys([source] if source else SOURCES, model_id), revision, local_dir, say)
+
+
+def _check_source(folder: Path, model_id: str, revision: str | None, say: Say) -> None:
+    """Make sure that a model's folder is the one that is asked for; two repositories may share their last name.
+
+    Without a revision any will do: `train.py` takes by its id what `download_model.py --revision` has fetched.
+
+    Raises:
+        UserError: it is another one.
+    """
+    wanted = _titled(model_id, revision)
+    try:
+        note = json.loads((folder / SOURCE_FILE).read_bytes())
+        there = _titled(note["id"], note["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        say(f"使用已有的 {folder}，没有核对它是不是 {wanted}")
+        return
+    if note["id"] != model_id or (revision and note["revision"] != revision):
+        remedy = "请移走它，或换一个目录（download_model.py 用 --local-dir）"
+        raise UserError(f"这个目录里是 {there}，不是 {wanted}", folder, remedy)
+    if there != wanted:
+        say(f"使用已有的 {folder}：{there}")
+
+
+def _titled(model_id: str, revision: str | None) -> str:
+    return f"{model_id}（版本 {revision}）" if revision else model_id
 
 
 def fetch_dataset(
@@ -140,6 +170,9 @@ def _fetch(kind: str, ids: Mapping[str, str], revision: str | None, local_dir: P
         _remove_leftovers(partial, listing)
         if kind == "model" and (missing := missing_model_files(partial)):
             raise UserError(f"{listing.repo_id} 不是完整的模型：缺少 {'、'.join(missing)}", title, "请换一个模型")
+        if kind == "model":
+            note = json.dumps({"id": listing.repo_id, "revision": revision})
+            (partial / SOURCE_FILE).write_text(note, encoding="utf-8")
         if local_dir.is_dir():  # an empty one; Windows can't rename onto it
             local_dir.rmdir()
         partial.replace(local_dir)

@@ -128,6 +128,9 @@ class Examiner:
 
     def _checked(self, record: Record) -> "Rejected | tuple[Record, dict[str, str], Counter]":
         record, found, masked = findings.examine(record, self._plan.limits)
+        again = schemas.parse_row(record.row, record.place)
+        if isinstance(again, Problem):  # what was all written-out line breaks is empty once they are repaired
+            return Rejected(again, INVALID)
         shared = self._plan.held_out.overlap(record) if self._plan.held_out else None
         if shared:
             return Rejected(Problem(record.place, f"与评估集重叠：“{shared[0]}”（{shared[1]}）"), DECONTAMINATED)
@@ -165,11 +168,11 @@ def _number(text: str) -> int:
 def _chunks(sources: Sequence[Source], plan: Plan, tally: Tally) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
     for number, source in enumerate(sources):
         for path in rows.data_files(source.path):
-            stream = rows.read_rows(path)
+            stream, name = rows.read_rows(path), rows.shown(path)
             while chunk := list(itertools.islice(stream, CHUNK)):
-                tally.read[str(path)] += len(chunk)
-                if not tally.schemas.get(str(path)):
-                    tally.schemas[str(path)] = next(
+                tally.read[name] += len(chunk)
+                if not tally.schemas.get(name):
+                    tally.schemas[name] = next(
                         filter(None, (schemas.recognise(row, plan.mapping) for _, row in chunk)), ""
                     )
                 yield number, chunk
@@ -202,18 +205,24 @@ def _examined(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-# What a worker process keeps from one chunk to the next; the main process never sets it.
-_worker: list[Examiner] = []
+# What a worker process keeps from one chunk to the next, or why it can't work; the main process never sets it.
+_worker: list[Examiner | UserError] = []
 
 
 def _begin_work(plan: Plan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the work
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker.append(Examiner(plan))
+    try:
+        _worker.append(Examiner(plan))
+    except UserError as error:  # raised here, it would be a traceback, and for the main process a worker that died
+        _worker.append(error)
 
 
 def _work(chunk: list[tuple[str, Any]]) -> "list[Examined | Rejected]":
-    return _worker[0].examine(chunk)
+    [examiner] = _worker
+    if isinstance(examiner, UserError):
+        raise examiner
+    return examiner.examine(chunk)
 
 
 def _leave_with_parent() -> None:

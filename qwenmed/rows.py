@@ -36,6 +36,11 @@ def kind(path: Path) -> str:
     return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), path.suffix.lower())
 
 
+def shown(path: Path) -> str:
+    """A path as it can be written: what is no text in a file's name (GBK bytes on Linux) as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 def data_files(path: Path) -> list[Path]:
     """The data files at `path`: itself, or those anywhere below a folder, by name.
 
@@ -147,7 +152,7 @@ def _text(data: bytes | None, place: str) -> str | Problem:
 
 def _jsonl_rows(path: Path) -> Rows:
     for number, data in _lines(path):
-        place = f"{path}:{number}"
+        place = f"{shown(path)}:{number}"
         text = _text(data, place)
         if isinstance(text, Problem):
             yield place, text
@@ -192,7 +197,7 @@ def _json_rows(path: Path) -> Rows:
         return
     with _opened(path) as file:
         for number, row in enumerate(json_list.items(file, path), 1):
-            yield f"{path}:第{number}条", row
+            yield f"{shown(path)}:第{number}条", row
 
 
 def _document_rows(path: Path) -> Rows:
@@ -209,7 +214,7 @@ def _document_rows(path: Path) -> Rows:
     if not isinstance(document, list):
         raise UserError("JSON 文件应为记录的列表", path, '例如 [{"question": …, "think": …, "answer": …}]')
     for number, row in enumerate(document, 1):
-        yield f"{path}:第{number}条", row
+        yield f"{shown(path)}:第{number}条", row
 
 
 def _gzipped_json(path: Path) -> Any:
@@ -221,12 +226,17 @@ def _gzipped_json(path: Path) -> Any:
 
 
 def _csv_rows(path: Path) -> Rows:
+    # The standard library's own limit of 128 kB is one for the whole process; an answer may be longer.
+    csv.field_size_limit(LONGEST_LINE)
     # Bytes that are no UTF-8 become half surrogate pairs, by which their row is known.
     lines = (_csv_line(data) for _, data in _lines(path))
-    reader = csv.DictReader(lines)
+    # Strict, or a quote without its other takes all that follows for one answer.
+    reader = csv.DictReader(lines, strict=True)
+    read = 0
     try:
         for row in reader:
-            place = f"{path}:{reader.line_num}"
+            read = reader.line_num
+            place = f"{shown(path)}:{reader.line_num}"
             texts = "".join(text for text in row.values() if isinstance(text, str))
             if None in row:
                 yield place, Problem(place, "列数比表头多")
@@ -237,7 +247,9 @@ def _csv_rows(path: Path) -> Rows:
             else:
                 yield place, row
     except csv.Error as error:
-        raise UserError(f"CSV 格式错误：{error}", f"{path}:{reader.line_num}", "请重新导出") from None
+        what = "最后一条不完整" if "unexpected end" in str(error) else f"CSV 格式错误：{error}"
+        remedy = "文件没有写完，或有引号没有配对；请重新获取，或改正这一条"
+        raise UserError(what, f"{path}:{read + 1}", remedy) from None
 
 
 def _csv_line(data: bytes | None) -> str:
@@ -256,6 +268,6 @@ def _parquet_rows(path: Path) -> Rows:
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}:第{number}条", row
+                yield f"{shown(path)}:第{number}条", row
     except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"Parquet 文件无法读取：{error}", path, "文件可能不完整，请重新获取") from None

@@ -116,7 +116,8 @@ def with_texts(record: Record, question: str, think: str, answer: str) -> Record
     changed = replace(record, question=question, think=think, answer=answer)
     if recognise(record.row) == OWN:
         texts = {"question": question, "think": think, "answer": answer}
-        row = {name: texts.get(name, value) for name, value in record.row.items()}
+        # A thinking that stood inside of the answer has no field yet.
+        row = {**record.row, **{name: text for name, text in texts.items() if text or name in record.row}}
     else:
         row = as_row(changed)
     return replace(changed, row=row)
@@ -243,6 +244,8 @@ def _inline(text: str) -> tuple[str, str]:
     """Thinking and answer of a reply that may hold both."""
     think, closed, answer = text.partition("</think>")
     if closed:
+        if answer.lstrip().startswith("<think>"):  # which of the two is the thinking?
+            raise _Unusable("回答又以 <think> 开头")
         return think.strip().removeprefix("<think>").strip(), answer.strip()
     if text.lstrip().startswith("<think>"):
         raise _Unusable("思考没有结束：有 <think>，没有 </think>")

@@ -46,9 +46,8 @@ def read_clean_records(path: Path) -> list[Record]:
     records, problems = read_records(path)
     if problems:
         more = f"，另有 {len(problems) - 1} 行有问题" if len(problems) > 1 else ""
-        raise UserError(
-            f"{problems[0].reason}{more}", problems[0].place, "请先用 python data.py --source 文件 清洗数据"
-        )
+        remedy = "请先用 python data.py --source 文件 --output-dir 新目录 清洗，再用新目录里的文件"
+        raise UserError(f"{problems[0].reason}{more}", problems[0].place, remedy)
     if not records:
         raise UserError("文件里没有一条记录", path, "请先运行 python data.py")
     return records

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
+from qwenmed import files
+
 NAMES = ("train.jsonl", "val.jsonl", "train_format.jsonl", "val_format.jsonl")
 
 
@@ -59,6 +61,27 @@ def test_dropped_rows_are_named_with_line_and_reason_and_good_ones_kept(tmp_path
     assert len(rows_of(tmp_path / "train.jsonl")) + len(rows_of(tmp_path / "val.jsonl")) == 9
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "头痛怎么办", "think": "", "answer": "\\n"}, "缺少 answer"),
+        ({"question": "\\n\\n", "think": "", "answer": "休息。"}, "缺少 question"),
+        ({"prompt": "头痛怎么办", "response": "<think>\n\n</think>\n\n<think>\n好的，用户头痛"}, "<think>"),
+        ({"question": "头痛怎么办", "answer": "\\n<think>\n好的，用户头痛"}, "<think>"),
+    ],
+)
+def test_row_that_is_none_once_it_is_repaired_is_dropped(tmp_path, row, reason):
+    make(tmp_path, 20)
+    with (tmp_path / "in.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 3, done.err
+    [dropped] = rows_of(tmp_path / "dropped.jsonl")
+    assert dropped["place"] == "in.jsonl:21" and reason in dropped["reason"]
+    assert len(rows_of(tmp_path / "train.jsonl") + rows_of(tmp_path / "val.jsonl")) == 20
+    assert all((tmp_path / name).exists() for name in NAMES)
+
+
 def test_formatted_files_are_rebuilt_when_source_or_seed_change(tmp_path):
     make(tmp_path, 20)
     run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
@@ -106,6 +129,71 @@ def test_unusable_source_is_one_line_and_leaves_existing_files(tmp_path, name, c
     assert_user_error(run_script("data.py", "--source", name, cwd=tmp_path), *words)
     assert all((tmp_path / existing).read_text(encoding="utf-8") == "old\n" for existing in NAMES)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "train.jsonl"], ["train.jsonl", "--output-dir"]),
+        (["--source", "."], ["dropped.jsonl", "--output-dir"]),
+        (["--source", "in.jsonl", "--decontaminate", "val.jsonl"], ["val.jsonl", "--output-dir"]),
+        (["--source", "val_format.jsonl", "--output-dir", "../work"], ["val_format.jsonl", "--output-dir"]),
+    ],
+)
+def test_a_file_that_is_read_is_never_written_over(tmp_path, arguments, words):
+    # Each run would move a tenth of the training rows into a val.jsonl that the next one throws away.
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in (*NAMES, "in.jsonl", "dropped.jsonl"):
+        make(work, 12, name)
+    (work / "val.jsonl").write_text('{"question": "头痛发热三天怎么办", "answer": "休息。"}\n', encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    assert_user_error(run_script("data.py", *arguments, cwd=work), *words)
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert run_script("data.py", "--source", "train.jsonl", "--output-dir", "other", cwd=work).status == 0
+
+
+def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path):
+    make(tmp_path, 10)
+    with files.holding(tmp_path, "数据准备"):
+        done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert_user_error(done, "另一个数据准备正在使用", "--output-dir")
+    assert not [name for name in NAMES if (tmp_path / name).exists()]
+    assert run_script("data.py", "--source", "in.jsonl", cwd=tmp_path).status == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_file_names_that_are_no_utf8_are_told_as_far_as_they_can_be(tmp_path):
+    make(tmp_path, 12)
+    good = (tmp_path / "in.jsonl").read_bytes()
+    gbk = os.fsdecode("问诊".encode("gbk"))
+    contents = {"jsonl": good + b'{"question": "q"}\n', "csv": b"question,answer\nq,\n", "json": b'[{"question": "q"}]'}
+    (tmp_path / "in").mkdir()
+    try:
+        for suffix, content in contents.items():
+            (tmp_path / "in" / f"{gbk}.{suffix}").write_bytes(content)
+        (tmp_path / f"{gbk}.jsonl").write_bytes(good + good.replace("问题".encode(), "另有问题".encode()))
+        (tmp_path / f"{gbk}.txt").write_text("另有问题3另有问题3\n", encoding="utf-8")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("file names are always text here")
+    sources = ("--source", "in", f"{gbk}.jsonl", "--decontaminate", f"{gbk}.txt")
+    done = run_script("data.py", *sources, "--audit", cwd=tmp_path)
+    assert done.status == 3, done.err
+    shown = gbk.encode(errors="backslashreplace").decode()
+    places = {row["place"] for row in rows_of(tmp_path / "dropped.jsonl")}
+    assert {f"in/{shown}.csv:2", f"in/{shown}.json:第1条", f"in/{shown}.jsonl:13"} < places
+    report = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert f"in/{shown}.jsonl" in [each["file"] for each in report["sources"]]
+    assert shown in (tmp_path / "audit.html").read_text(encoding="utf-8")
+
+
+def test_scenario_of_the_data_can_not_steer_the_terminal(tmp_path):
+    make(tmp_path, 12)
+    with (tmp_path / "in.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"question": "头痛？", "answer": "休息。", "scenario": "\x1b[2J\x9b31m"}) + "\n")
+    done = run_script("data.py", "--source", "in.jsonl", cwd=tmp_path)
+    assert done.status == 0 and "\u241b[2J" in done.out
+    assert "\x1b" not in done.out and "\x9b" not in done.out
 
 
 def test_full_disk_leaves_the_old_files(tmp_path):

@@ -117,10 +117,33 @@ def test_download_ends_in_a_folder_that_loads_and_a_second_run_asks_nothing(serv
     assert done.status == 0, done.err
     assert done.out.strip() == str(Path("models", "tiny"))
     assert "python data.py" in done.err and "--model models/tiny" in done.err
-    assert traces(work) == ["models", "models/tiny", *(f"models/tiny/{name}" for name in server.listed)]
+    there = sorted([hub_module.SOURCE_FILE, *server.listed])
+    assert traces(work) == ["models", "models/tiny", *(f"models/tiny/{name}" for name in there)]
     server.requests.clear()
     assert fetch().status == 0
     assert server.requests == []
+
+
+def test_folder_of_another_model_or_revision_is_not_taken_for_the_one_that_is_asked_for(server, work, fetch):
+    assert fetch().status == 0
+    folder, said = work / "models" / "tiny", []
+    server.requests.clear()
+    assert hub_module.fetch_model("org/tiny", folder, say=said.append) == folder and not said
+    for asked, revision in (("other/tiny", None), ("org/tiny", "dev")):
+        with pytest.raises(hub_module.UserError, match=f"org/tiny.*不是 {asked}.*--local-dir"):
+            hub_module.fetch_model(asked, folder, revision=revision)
+    note = folder / hub_module.SOURCE_FILE
+    note.write_text('{"id": "org/tiny", "revision": "dev"}', encoding="utf-8")
+    hub_module.fetch_model("org/tiny", folder, revision="dev")
+    with pytest.raises(hub_module.UserError, match="dev.*v2"):
+        hub_module.fetch_model("org/tiny", folder, revision="v2")
+    hub_module.fetch_model("org/tiny", folder, say=said.append)
+    assert "dev" in said.pop()
+    for broken in ("{", "[]", "{}"):
+        note.write_text(broken, encoding="utf-8")
+        hub_module.fetch_model("other/tiny", folder, revision="v2", say=said.append)
+        assert "没有核对" in said[-1] and "other/tiny" in said[-1] and "v2" in said[-1]
+    assert len(said) == 3 and server.requests == []
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -73,6 +73,39 @@ def test_failed_first_write_leaves_no_file_at_all(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.fixture
+def windows_renaming(monkeypatch):
+    """Files can't be removed or renamed, nor folders that hold them, while they are open: as Windows has it."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to see what is open")
+
+    def refusing(real):
+        def call(path, *arguments, dir_fd=None, **options):
+            where = Path(f"/proc/self/fd/{dir_fd}").resolve() / path if dir_fd is not None else Path(path).absolute()
+            opened = [Path(os.path.realpath(link)) for link in Path("/proc/self/fd").iterdir()]
+            if any(file.is_file() and (file == where or where in file.parents) for file in opened):
+                raise PermissionError(errno.EACCES, "open", str(where))
+            return real(path, *arguments, **options, **({} if dir_fd is None else {"dir_fd": dir_fd}))
+
+        return call
+
+    for name in ("unlink", "remove", "rename", "replace"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_folder_appears_whole_where_nothing_open_can_be_renamed(tmp_path, windows_renaming, there_before):
+    target = tmp_path / "out"
+    if there_before:
+        target.mkdir()
+    with files.whole_folder(target, "导出") as folder:
+        (folder / "a").touch()
+    assert names(target) == ["a"]
+    with files.whole_folder(target, "导出") as folder:
+        (folder / "b").touch()
+    assert names(target) == ["b"]
+
+
 def test_missing_folders_are_made(tmp_path):
     files.write_json(tmp_path / "x" / "y" / "a.json", {"名": "值"})
     assert (tmp_path / "x" / "y" / "a.json").read_text(encoding="utf-8") == '{\n  "名": "值"\n}\n'

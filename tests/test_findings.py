@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenmed import contamination, findings, lengths, near_duplicates, splitting
+from qwenmed import contamination, findings, lengths, near_duplicates, schemas, splitting
 from qwenmed.records import Record
 
 WORDS = "患者血压头痛发热咳嗽休息饮水药物检查医生饮食运动睡眠疼痛感染治疗预防症状每天应该可以需要注意情况"
@@ -153,6 +153,49 @@ def test_common_phrase_of_a_short_held_out_text_removes_nothing(tmp_path):
     assert held_out.overlap(Record("别的问题？", "什么是高血压病？先想想。", "a")) is None
 
 
+ASKED = "最近三天头痛发热还咳嗽，需要去医院看急诊吗？"
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "看。"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": ASKED, "think": "", "answer": "看。"},
+        {"instruction": "你是医生。", "input": ASKED, "output": "看。"},
+        {"instruction": ASKED, "input": "", "output": "看。"},
+        {"instruction": ASKED, "input": "请简短回答。", "output": "看。"},
+        {"instruction": "请回答", "input": ASKED, "output": "看。"},
+        {"instruction": ASKED, "response": "看。"},
+        {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": "看。"}]},
+        {"messages": TURNS},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"Question": ASKED, "Complex_CoT": "想", "Response": "看。"},
+        {"query": ASKED, "response": "看。"},
+        {"problem": ASKED, "solution": "看。"},
+        {"query": ASKED},
+        {"problem": ASKED, "options": ["看", "不看"]},
+        {"提问": ASKED, "回复": "看。"},
+        {"question": "怎么办", "answer": "看。", "history": [[ASKED, "看。"]]},
+    ],
+)
+def test_question_of_an_evaluation_row_is_found_in_every_schema(tmp_path, row):
+    mapping = {"question": "提问", "answer": "回复"}
+    held_out = contamination.HeldOut([write(tmp_path / "exam.jsonl", [row, {"text": "x" + "别的话" * 9}])], mapping)
+    assert held_out.overlap(Record(f"医生您好！{ASKED}", "", "a")) is not None
+
+
+def test_instruction_that_is_no_question_removes_nothing(tmp_path):
+    system = "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"
+    task = "如果您是医生，请根据患者的描述回答下面的医学问题。"
+    exam = [
+        {"instruction": text, "input": f"{ASKED}{i}", "output": "看。"} for text in (system, task) for i in range(2)
+    ]
+    held_out = contamination.HeldOut([write(tmp_path / "exam.jsonl", exam)])
+    assert held_out.overlap(Record(f"{system}\n孩子咳嗽。", "", "a")) is None
+    assert held_out.overlap(Record(f"{task}\n孩子咳嗽。", "", "a")) is None
+    assert held_out.overlap(Record(f"{task}\n{ASKED}", "", "a")) is not None
+
+
 def test_quick_lengths_are_those_of_the_rendered_samples(tokenizer):
     from qwenmed import chat
 
@@ -177,3 +220,12 @@ def test_no_example_shows_personal_data():
     assert "5678" not in str(what) and "138 1234 5678" in record.question
     record, _, _ = found(question=phone, redact=True)
     assert record.question == record.row["question"] == "我电话[手机号]，"
+
+
+def test_thinking_inside_of_the_answer_survives_a_repair():
+    row = {"question": "头痛？", "answer": "<think>\n想\n</think>\n\n休息。\\n多喝水。"}
+    [record] = schemas.parse_row(row, "f:1")
+    repaired, _, _ = findings.examine(record, findings.Limits())
+    assert repaired.row == {"question": "头痛？", "think": "想", "answer": "休息。\n多喝水。"}
+    [again] = schemas.parse_row(repaired.row, "f:1")
+    assert (again.think, again.answer) == ("想", "休息。\n多喝水。")

@@ -197,6 +197,26 @@ def test_problem_in_a_csv_file_has_its_line_after_a_row_of_several_lines(tmp_pat
     assert [problem.place for problem in problems] == [f"{path}:4", f"{path}:5"]
 
 
+def test_csv_file_that_ends_inside_of_an_answer_is_no_whole_file(tmp_path):
+    # What is lost may be the "不要" of a warning.
+    text = 'question,answer\n一,"甲"\n二,"可以先休息，不要自行停药"\n'
+    assert len(read(write(tmp_path / "whole.csv", text))[0]) == 2
+    with pytest.raises(UserError, match=r"whole\.csv:3.*没有写完"):
+        read(write(tmp_path / "whole.csv", text[:-7]))
+
+
+def test_quote_without_its_other_does_not_swallow_the_rows_behind_it(tmp_path):
+    rows = [f'"问题{i}","回答{i}"' for i in range(50)]
+    rows[10] = '"问题10","回答10'
+    with pytest.raises(UserError, match=r"a\.csv:12.*引号"):
+        read(write(tmp_path / "a.csv", "question,answer\n" + "\n".join(rows) + "\n"))
+
+
+def test_long_answer_in_a_csv_file_is_read(tmp_path):
+    answer = "长" * 140_000
+    assert read(write(tmp_path / "a.csv", f"question,answer\nq,{answer}\n")) == ([("q", "", answer)], [])
+
+
 def test_json_that_is_neither_list_nor_object_is_refused(tmp_path):
     with pytest.raises(UserError, match="列表"):
         read(write(tmp_path / "a.json", '"text"'))

@@ -12,6 +12,8 @@ from conftest import REAL_SAMPLE, ROOT, assert_user_error, run_script
 from test_data import rows_of
 from test_findings import sentences, some_rows, write
 
+from qwenmed import files
+
 
 def checks_of(folder):
     report = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
@@ -131,6 +133,20 @@ def test_workers_give_the_same_files_as_one_process(tmp_path):
     assert written[0] == written[1] and len(written[0]) == 5
 
 
+def test_unusable_tokenizer_is_the_same_line_with_workers_as_without(tmp_path):
+    write(tmp_path / "in.jsonl", some_rows(600))
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    said = []
+    for workers in ("1", "2"):
+        arguments = ("--source", "in.jsonl", "--tokenizer", "tok", "--workers", workers)
+        done = run_script("data.py", *arguments, cwd=tmp_path)
+        assert_user_error(done, "tok")
+        assert "--workers" not in done.err
+        said.append(done.last_line)
+    assert said[0] == said[1]
+
+
 def test_scenario_of_a_question_is_suggested_where_the_data_name_none(tmp_path):
     rows = some_rows(20)
     rows[0]["question"] = "两岁的宝宝发烧三十九度怎么办？"
@@ -190,4 +206,8 @@ def test_ended_run_takes_its_workers_with_it_and_leaves_nothing(tmp_path, how):
     assert process.wait(60) == (143 if how == "SIGTERM" else -signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert not list((tmp_path / "out").iterdir())
+    # A killed process can't remove its lock; the system has given it back all the same.
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert left == ([] if how == "SIGTERM" else [files.LOCK_FILE])
+    with files.holding(tmp_path / "out", "测试"):
+        pass
