@@ -189,6 +189,8 @@ class PlanAgainstMeasured(TrainerCallback):
         if not state.is_world_process_zero:
             return
         peak = hardware.peak_memory_gib(args.device)
+        if not peak:
+            return
         measured = next(iter(peak.values()))
         self._tell({"planned_gib": round(self._planned, 3), "measured_gib": peak, "steps": self._steps})
         listed = "，".join(f"{_PEAKS.get(name, name)} {size:.2f} GiB" for name, size in peak.items())

@@ -115,7 +115,10 @@ def describe(device: "torch.device") -> dict[str, Any]:
 
 
 def peak_memory_gib(device: "torch.device") -> dict[str, float]:
-    """Peak memory of this process: allocated and reserved on a GPU, resident set otherwise; in GiB."""
+    """Peak memory of this process: allocated and reserved on a GPU, resident set otherwise; in GiB.
+
+    Empty where the system does not tell.
+    """
     import torch
 
     if device.type == "cuda":
@@ -129,6 +132,10 @@ def peak_memory_gib(device: "torch.device") -> dict[str, float]:
 
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return {"resident": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
+    import psutil
+
+    with contextlib.suppress(AttributeError):  # which psutil knows on Windows only
+        return {"resident": round(psutil.Process().memory_info().peak_wset / 2**30, 3)}
     return {}
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
@@ -241,6 +243,29 @@ def test_run_records_its_plan_and_what_it_took(trained):
         and run["memory"]["measured_gib"]["resident"] > 0
         and run["memory"]["steps"] == 2
     )
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_peak_of_a_cpu_without_the_module_resource_is_what_psutil_knows(monkeypatch, capsys, platform):
+    import psutil
+    import torch
+
+    from qwenmed import callbacks, hardware
+
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    known = {"win32": SimpleNamespace(rss=GIB, peak_wset=3 * GIB), "linux": SimpleNamespace(rss=GIB)}[platform]
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: known))
+    assert hardware.peak_memory_gib(torch.device("cpu")) == ({"resident": 3.0} if platform == "win32" else {})
+    told = []
+    compare = callbacks.PlanAgainstMeasured(2 * GIB, told.append)
+    for _ in range(2):
+        compare.on_step_end(
+            SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(is_world_process_zero=True), None
+        )
+    if platform == "win32":
+        assert told[0]["measured_gib"] == {"resident": 3.0} and "+50%" in capsys.readouterr().err
+    else:
+        assert not told and not capsys.readouterr().err
 
 
 WORDS = {
