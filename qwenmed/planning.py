@@ -44,7 +44,7 @@ def cap(device: "torch.device", settings: TrainSettings) -> None:
 
         total = torch.cuda.get_device_properties(device).total_memory
         share = (planner.memory(settings.gpu_memory) - planner.CONTEXT) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the current GPU: ours has no index
 
 
 def is_packing(settings: TrainSettings, card: Card) -> bool:

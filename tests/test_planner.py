@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
-from qwenmed import planner, planning, shapes
+from qwenmed import hardware, planner, planning, shapes
 from qwenmed.errors import UserError
 from qwenmed.planner import GIB
 from qwenmed.settings import LoraSettings, TrainSettings
@@ -153,8 +153,6 @@ def test_options_that_can_not_go_together_are_named():
 def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     import torch
 
-    from qwenmed import hardware
-
     cpu = planner.Card("cpu", 2**40, False, "CPU")
     monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.bfloat16, 2.0))
     quick = planning.with_faster_type(cpu, SMALL, 2048)
@@ -225,6 +223,24 @@ def test_memory_of_an_imagined_card_can_not_be_trained_on(small_data, demo_model
     assert_user_error(done, "--gpu-memory")
 
 
+def test_gpu_is_held_to_the_size_that_was_given(monkeypatch):
+    import torch
+
+    held = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * GIB, name="a GPU")
+    )
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda share, device: held.append((share, device)), raising=False
+    )
+    planning.cap(hardware.pick_device(), TrainSettings(gpu_memory="12GB"))
+    ((share, device),) = held
+    assert device == 0 and share == pytest.approx(0.5, rel=0.05)
+
+
 def test_packing_is_on_where_there_is_a_gpu():
     assert planning.is_packing(TrainSettings(), AMPERE) and not planning.is_packing(
         TrainSettings(packing="off"), AMPERE
@@ -250,7 +266,7 @@ def test_peak_of_a_cpu_without_the_module_resource_is_what_psutil_knows(monkeypa
     import psutil
     import torch
 
-    from qwenmed import callbacks, hardware
+    from qwenmed import callbacks
 
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     known = {"win32": SimpleNamespace(rss=GIB, peak_wset=3 * GIB), "linux": SimpleNamespace(rss=GIB)}[platform]
