@@ -97,6 +97,9 @@ def choose(
             cli.note("检查点是按另一种做法训练的，优化器的状态接不上：从零累积")
         found = alike or found
     found = processes.agree(found)
+    idle = idle_gpus(device)
+    if idle:
+        cli.note(f"这台机器另有 {idle} 块 GPU，一个进程只用一块；全部用上：accelerate launch，见 docs/scaling.md")
     cli.note(f"{card.name}：{found[0]}")
     cli.note(
         f"计划的峰值 {found[0].total / GIB:.2f} GiB（计算值），可用 {card.room / GIB:.1f} GiB；--plan 列出全部做法"
@@ -104,6 +107,13 @@ def choose(
     if found[0].total > card.room:
         cli.note("计划的比可用的多一点；计算值会有一成的误差，先试试，真的放不下会停下来")
     return card, found
+
+
+def idle_gpus(device: "torch.device") -> int:
+    """How many GPUs are visible that no process of this training uses."""
+    import torch
+
+    return max(0, torch.cuda.device_count() - 1) if device.type == "cuda" and processes.count() == 1 else 0
 
 
 def with_faster_type(card: Card, shape: Shape, tokens: int, before: Mapping[str, Any] | None = None) -> Card:

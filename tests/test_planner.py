@@ -176,6 +176,18 @@ def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("gpus", "processes", "said"), [(2, 1, 1), (1, 1, 0), (2, 2, 0)])
+def test_run_that_leaves_gpus_idle_says_how_to_use_them(monkeypatch, capsys, demo_model, gpus, processes, said):
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(planning, "card_of", lambda *given: AMPERE)
+    monkeypatch.setattr(planning.processes, "agree", lambda found: found)
+    planning.choose(TrainSettings(), demo_model, torch.device("cuda"), 700, None)
+    assert capsys.readouterr().err.count("accelerate launch") == said
+
+
 @pytest.mark.parametrize(("text", "gib"), [("12GB", 12), ("11.6GiB", 11.6), ("24", 24), (" 8 gb ", 8)])
 def test_card_sizes_as_people_write_them(text, gib):
     assert planner.memory(text) == int(gib * GIB)

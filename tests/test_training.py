@@ -64,6 +64,20 @@ def test_weights_are_full_precision_without_a_gpu(trainer_of):
     assert not trainer.args.bf16 and not trainer.args.fp16
 
 
+def test_several_visible_gpus_do_not_stop_a_single_process(trainer_of, monkeypatch):
+    from trl import SFTConfig
+
+    prepare = SFTConfig.__post_init__
+
+    def sees_two(config):
+        prepare(config)
+        config._n_gpu = 2
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", sees_two)
+    trainer = trainer_of(batch_size=2)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 2
+
+
 def test_lora_trains_the_seven_projections_and_nothing_else(trainer_of):
     trainer = trainer_of(LoraSettings)
     trained = {name.split(".")[-4] for name, p in trainer.model.named_parameters() if p.requires_grad}
