@@ -189,9 +189,16 @@ def plans(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> lis
             bare = Plan(lora, weights, _autocast(card), optimizer, in_backward, every, tokens, {})
             found.append(dataclasses.replace(bare, parts=parts(shape, bare, card, _rank(settings))))
     if not found:
-        what = "--weights、--optimizer、--optimizer-in-backward 不能这样合在一起"
-        raise UserError(what, card.name, "bf16 权重和反向时更新需要有原生 bf16 的 GPU（Ampere 及以后）")
+        raise _refusal(settings, card)
     return found
+
+
+def _refusal(settings: TrainSettings, card: Card) -> UserError:
+    """Why the settings leave no plan on this card."""
+    if isinstance(settings, LoraSettings) and settings.quantize and card.kind != "cuda":
+        return UserError("--quantize 需要 NVIDIA GPU", None, "请去掉 --quantize")
+    what = "--weights、--optimizer、--optimizer-in-backward 不能这样合在一起"
+    return UserError(what, card.name, "bf16 权重和反向时更新需要有原生 bf16 的 GPU（Ampere 及以后）")
 
 
 def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torchao: bool) -> list[Plan]:
@@ -331,9 +338,10 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
     """(weights, optimizer, whether within the backward pass), as far as the settings leave them open; best first."""
     lora = isinstance(settings, LoraSettings)
     if isinstance(settings, LoraSettings):
-        half = settings.weights == "bf16" or (settings.weights == "auto" and card.bf16)
-        weights = "nf4" if settings.quantize else "bf16" if half else "fp32"
-        found = [(weights, "adamw", False), (weights, "adamw_8bit", False)]
+        wanted = settings.weights if settings.weights != "auto" else "bf16" if card.bf16 else "fp32"
+        weights = "nf4" if settings.quantize else wanted
+        possible = {"fp32": True, "bf16": card.bf16, "nf4": card.kind == "cuda"}[weights]
+        found = [(weights, "adamw", False), (weights, "adamw_8bit", False)] if possible else []
     else:
         found = [("fp32", "adamw", False), ("fp32", "adamw_8bit", False)]
         if card.bf16:

@@ -86,11 +86,11 @@ def choose(
     """
     cap(device, settings)
     card = card_of(device, settings)
-    if isinstance(settings, LoraSettings) and settings.quantize:
-        check_quantization(card)
     tokens = tokens_of(settings, card, longest)
     card = with_faster_type(card, shapes.of_config(checkpoints.read_config(model_folder)), tokens, before)
     found = candidates(settings, model_folder, card, tokens)
+    if isinstance(settings, LoraSettings) and settings.quantize:
+        check_bitsandbytes()
     if before:
         alike = [plan for plan in found if planner.shares_states(plan, before)]
         if not alike:
@@ -147,14 +147,12 @@ def has_torchao() -> bool:
     return all(importlib.util.find_spec(name) for name in needed)
 
 
-def check_quantization(card: Card) -> None:
-    """Make sure that four-bit weights can be had.
+def check_bitsandbytes() -> None:
+    """Make sure that weights can be loaded in four bits.
 
     Raises:
-        UserError: no NVIDIA GPU, or no bitsandbytes.
+        UserError: bitsandbytes is missing.
     """
-    if card.kind != "cuda":
-        raise UserError("--quantize 需要 NVIDIA GPU", None, "请去掉 --quantize")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--quantize 需要 bitsandbytes", None, "pip install -e '.[quant]'")
 
@@ -171,7 +169,7 @@ def overview(settings: TrainSettings) -> str:
     """What `--plan` prints: every way to train, what it needs, and which would be taken.
 
     Raises:
-        UserError: the model is neither here nor a published Qwen3.
+        UserError: the model is neither here nor a published Qwen3, or the settings leave no way on this device.
     """
     folder, shape = local_folder(settings.model), shapes.known(settings.model)
     if folder is not None and (folder / "config.json").is_file():

@@ -150,6 +150,31 @@ def test_options_that_can_not_go_together_are_named():
             planner.choose(SMALL, TrainSettings(**options), TURING, 2048, True)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("weights", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "card",
+    [AMPERE, TURING, planner.Card("mps", 2**40, False, "mps"), *(planner.Card("cpu", 2**40, b, "CPU") for b in (0, 1))],
+)
+def test_lora_has_a_plan_that_the_device_can_compute_or_is_refused(card, weights, quantize):
+    settings = LoraSettings(weights=weights, quantize=quantize)
+    refused = (card.kind != "cuda") if quantize else (weights == "bf16" and not card.bf16)
+    if refused:
+        with pytest.raises(UserError, match="--quantize" if quantize else "bf16"):
+            planner.plans(SMALL, settings, card, 512)
+    else:
+        kinds = {plan.weights for plan in planner.plans(SMALL, settings, card, 512)}
+        assert kinds == {"nf4" if quantize else "bf16" if card.bf16 and weights != "fp32" else "fp32"}
+
+
+def test_plan_does_not_advise_what_a_run_refuses(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(hardware, "faster_cpu_dtype", lambda *sizes: (torch.bfloat16, 2.0))
+    with pytest.raises(UserError, match="NVIDIA"):
+        planning.overview(LoraSettings(model="Qwen/Qwen3-0.6B", device="cpu", quantize=True))
+
+
 def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     import torch
 
