@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwenmed import processes
 from qwenmed.errors import UserError
 from qwenmed.hardware import HEAD_ROWS
 from qwenmed.settings import LoraSettings, TrainSettings
@@ -197,6 +198,10 @@ def _refusal(settings: TrainSettings, card: Card) -> UserError:
     """Why the settings leave no plan on this card."""
     if isinstance(settings, LoraSettings) and settings.quantize and card.kind != "cuda":
         return UserError("--quantize 需要 NVIDIA GPU", None, "请去掉 --quantize")
+    if settings.optimizer_in_backward == "on" and processes.count() > 1:
+        return UserError("--optimizer-in-backward on 只能用于一个进程", None, "请去掉它，或不用 accelerate launch")
+    if settings.weights == "bf16" and card.bf16 and card.shards > 1:
+        return UserError("FSDP 把要训练的 bf16 权重都换成 fp32", None, "请去掉 --weights bf16")
     what = "--weights、--optimizer、--optimizer-in-backward 不能这样合在一起"
     return UserError(what, card.name, "bf16 权重和反向时更新需要有原生 bf16 的 GPU（Ampere 及以后）")
 
@@ -344,7 +349,7 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
         found = [(weights, "adamw", False), (weights, "adamw_8bit", False)] if possible else []
     else:
         found = [("fp32", "adamw", False), ("fp32", "adamw_8bit", False)]
-        if card.bf16:
+        if card.bf16 and card.shards == 1:  # accelerate makes fp32 of trained weights before it shards them
             found += [("bf16", "adamw", False), ("bf16", "adamw_8bit", False), ("bf16", "adamw_8bit", True)]
     for weights, optimizer, in_backward in found:
         if settings.weights not in ("auto", weights) and not lora:
@@ -356,10 +361,12 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
         lossy = (weights, optimizer) == ("bf16", "adamw") and not lora
         if settings.optimizer == "auto" and (idle or lossy):
             continue
+        # Several processes average their gradients first, and the scaling of fp16 gradients wants them all at once.
+        at_once = processes.count() == 1 and _autocast(card) != "fp16"
         if settings.optimizer_in_backward == "on":
-            if _autocast(card) != "fp16":  # the scaling of fp16 gradients wants them all at once
+            if at_once:
                 yield weights, optimizer, True
-        elif not in_backward or settings.optimizer_in_backward == "auto":
+        elif not in_backward or (at_once and settings.optimizer_in_backward == "auto"):
             yield weights, optimizer, in_backward
 
 

@@ -175,6 +175,23 @@ def test_plan_does_not_advise_what_a_run_refuses(monkeypatch):
         planning.overview(LoraSettings(model="Qwen/Qwen3-0.6B", device="cpu", quantize=True))
 
 
+def test_several_processes_do_not_update_within_the_backward_pass(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each would step by its own gradient, before they are averaged
+    assert not any(plan.in_backward for plan in planner.plans(MIDDLE, TrainSettings(), AMPERE, 2048))
+    with pytest.raises(UserError, match="一个进程"):
+        planner.plans(MIDDLE, TrainSettings(optimizer_in_backward="on"), AMPERE, 2048)
+
+
+def test_sharded_training_counts_the_fp32_weights_that_it_gets(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sharded = dataclasses.replace(AMPERE, shards=2)
+    assert {plan.weights for plan in planner.plans(MIDDLE, TrainSettings(), sharded, 2048)} == {"fp32"}
+    with pytest.raises(UserError, match="FSDP"):
+        planner.plans(MIDDLE, TrainSettings(weights="bf16"), sharded, 2048)
+    # Frozen weights stay as they are.
+    assert {plan.weights for plan in planner.plans(MIDDLE, LoraSettings(), sharded, 2048)} == {"bf16"}
+
+
 def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     import torch
 
