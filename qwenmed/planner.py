@@ -118,7 +118,9 @@ class Plan:
         """The type to load the weights in."""
         import torch
 
-        return torch.float32 if self.weights == "fp32" else torch.bfloat16
+        if self.weights == "fp32":
+            return torch.float32
+        return torch.float16 if self.autocast == "fp16" else torch.bfloat16
 
     @property
     def needs_torchao(self) -> bool:
@@ -127,8 +129,8 @@ class Plan:
 
     def __str__(self) -> str:
         kinds = {"fp32": "fp32", "bf16": "bf16", "nf4": "4 位（NF4）"}
-        # trl.SFTTrainer keeps the adapters of a quantised model in bf16.
-        adapters = "bf16" if self.weights == "nf4" else "fp32"
+        # trl.SFTTrainer keeps the adapters of a quantised model in bf16, build_trainer in fp32 where that is no use.
+        adapters = "bf16" if self.weights == "nf4" and self.autocast == "bf16" else "fp32"
         what = f"{kinds[self.weights]} 冻结权重 + {adapters} LoRA 权重" if self.lora else f"{kinds[self.weights]} 权重"
         if not self.lora and self.weights == "bf16":
             what += "（随机舍入）" if self.needs_torchao else "（小的更新会被舍入掉）"

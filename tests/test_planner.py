@@ -192,6 +192,15 @@ def test_sharded_training_counts_the_fp32_weights_that_it_gets(monkeypatch):
     assert {plan.weights for plan in planner.plans(MIDDLE, LoraSettings(), sharded, 2048)} == {"bf16"}
 
 
+def test_no_plan_mixes_bf16_into_fp16():
+    import torch
+
+    for settings in (TrainSettings(), LoraSettings(), LoraSettings(quantize=True)):
+        for plan in planner.plans(SMALL, settings, TURING, 2048):
+            assert plan.autocast == "fp16" and plan.dtype != torch.bfloat16 and "bf16" not in str(plan)
+    assert planner.plans(SMALL, LoraSettings(quantize=True), AMPERE, 2048)[0].dtype == torch.bfloat16
+
+
 def test_cpu_computes_in_the_type_that_is_measured_faster(monkeypatch):
     import torch
 

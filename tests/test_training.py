@@ -84,6 +84,15 @@ def test_lora_trains_the_seven_projections_and_nothing_else(trainer_of):
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_adapters_of_a_quantised_model_are_fp32_where_nothing_computes_in_bf16(trainer_of, monkeypatch):
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "is_loaded_in_4bit", True, raising=False)
+    adapters = [each for each in trainer_of(LoraSettings).model.parameters() if each.requires_grad]
+    assert adapters and all(each.dtype == torch.float32 for each in adapters)
+
+
 def test_fields_of_the_trainer_are_handed_through(trainer_of):
     trainer = trainer_of(sft={"optim": "adafactor", "adam_beta2": 0.9}, neftune_alpha=5)
     assert trainer.args.optim == "adafactor" and trainer.args.adam_beta2 == 0.9
