@@ -217,6 +217,16 @@ def test_updating_within_the_backward_pass_gives_the_same_weights_and_keeps_no_g
     assert most <= 1
 
 
+def test_benchmark_counts_the_rows_that_a_step_really_takes(trainer_of, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from benchmarks.training import tokens_trained
+
+    for in_backward, rows in (("off", 2 * 4), ("on", 2)):
+        trainer = trainer_of(batch_size=2, gradient_accumulation_steps=4, optimizer_in_backward=in_backward)
+        whole = sum(map(len, trainer.train_dataset["input_ids"]))
+        assert tokens_trained(trainer, 3) == pytest.approx(whole / len(RECORDS) * rows * 3)
+
+
 def test_finished_run_leaves_everything_it_promises(trained):
     run = json.loads((trained.run / "run.json").read_text(encoding="utf-8"))
     assert run["status"] == "finished" and run["settings"]["seed"] == 42
