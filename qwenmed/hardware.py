@@ -4,7 +4,9 @@ bf16 counts only where the GPU has it natively (compute capability ≥ 8.0; torc
 """
 
 import contextlib
+import importlib.util
 import platform
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qwenmed.errors import UserError
@@ -94,6 +96,21 @@ def faster_cpu_dtype(rows: int, hidden: int, intermediate: int) -> "tuple[torch.
     return (torch.bfloat16 if factor >= CLEARLY_FASTER else torch.float32), factor
 
 
+def missing_for_8_bit() -> list[str]:
+    """What the 8-bit optimizer lacks: torchao, and on a GPU machine Triton, by which it compiles itself."""
+    import torch
+
+    needed = ["torchao", "triton"] if torch.cuda.is_available() else ["torchao"]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def how_to_get_8_bit() -> str:
+    """The commands that install what the 8-bit optimizer lacks here."""
+    triton = "pip install triton-windows（没有试过）" if sys.platform == "win32" else "pip install triton"
+    commands = {"torchao": "pip install -e '.[quant]'", "triton": triton}
+    return "，再 ".join(commands[name] for name in missing_for_8_bit() or ["torchao"])
+
+
 def describe(device: "torch.device") -> dict[str, Any]:
     """The hardware, for run.json."""
     import torch
@@ -128,7 +145,6 @@ def peak_memory_gib(device: "torch.device") -> dict[str, float]:
         }
     with contextlib.suppress(ImportError):  # no such module on Windows
         import resource
-        import sys
 
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return {"resident": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}

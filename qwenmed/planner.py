@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import processes
+from qwenmed import hardware, processes
 from qwenmed.errors import UserError
 from qwenmed.hardware import HEAD_ROWS
 from qwenmed.settings import LoraSettings, TrainSettings
@@ -219,17 +219,20 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
         UserError: none fits, nor nearly; what would is said.
     """
     found = plans(shape, settings, card, tokens)
-    usable = [plan for plan in found if torchao or not plan.needs_torchao]
+    usable = _usable(found, torchao)
     fitting = next((plan for plan in usable if plan.total <= card.room), None)
     if fitting is None:
+        with_torchao = any(plan.total <= card.room for plan in found)
+        if with_torchao and not usable:
+            raise UserError("这样的设置要用 torchao 的 8 位优化器，它还没有装好", None, hardware.how_to_get_8_bit())
         least = min(usable or found, key=lambda plan: plan.total)
         if least in usable and least.total <= card.room * NEARLY:
             return [least]
         what = f"{card.name}放不下：需要 {least.total / GIB:.1f} GiB（计算值），可用 {card.room / GIB:.1f} GiB"
         remedies = []
-        if any(plan.total <= card.room for plan in found):
-            remedies.append("pip install -e '.[quant]'（8 位优化器放得下）")
-        remedies += smaller(shape, settings, card, tokens)
+        if with_torchao:
+            remedies.append(f"{hardware.how_to_get_8_bit()}（8 位优化器放得下）")
+        remedies += smaller(shape, settings, card, tokens, torchao)
         larger = "请换一块更大的卡" if card.kind == "cuda" else "请关掉别的程序，或换一台内存更大的机器"
         raise UserError(what, str(least), "放得下的：" + "；".join(remedies) if remedies else larger)
     chosen = [fitting]
@@ -239,23 +242,26 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
     return chosen
 
 
-def smaller(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> list[str]:
+def _usable(found: Iterable[Plan], torchao: bool) -> list[Plan]:
+    return [plan for plan in found if torchao or not plan.needs_torchao]
+
+
+def smaller(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torchao: bool) -> list[str]:
     """What would fit where the wanted training does not: fewer tokens a row, LoRA, a smaller model."""
 
-    def fits(shape: Shape, kind: type[TrainSettings], tokens: int) -> bool:
-        return any(plan.total <= card.room for plan in plans(shape, kind(), card, tokens))
+    def fits(shape: Shape, settings: TrainSettings, tokens: int) -> bool:
+        return any(plan.total <= card.room for plan in _usable(plans(shape, settings, card, tokens), torchao))
 
     words = []
-    kind = type(settings)
     for length in (1024, 512):
-        if length * settings.batch_size < tokens and fits(shape, kind, length * settings.batch_size):
+        if length * settings.batch_size < tokens and fits(shape, settings, length * settings.batch_size):
             words.append(f"--max-length {length}")
             break
-    if kind is TrainSettings and fits(shape, LoraSettings, tokens):
+    if not isinstance(settings, LoraSettings) and fits(shape, LoraSettings(), tokens):
         words.append("train_lora.py")
     for name in reversed(QWEN3):
         other = known(name)
-        if other is not None and other.parameters < shape.parameters and fits(other, kind, tokens):
+        if other is not None and other.parameters < shape.parameters and fits(other, settings, tokens):
             words.append(name)
             break
     return words
@@ -323,22 +329,6 @@ def layer_bytes(shape: Shape, plan: Plan) -> int:
     """Bytes that one token leaves in one layer for the backward pass."""
     width, attention, inner = _LAYER["fp32" if plan.weights == "fp32" else "bf16", bool(plan.autocast), plan.lora]
     return int(width * shape.width + attention * (shape.queries + shape.keys) + inner * shape.inner)
-
-
-def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen: Plan | None) -> list[list[str]]:
-    """The plans for a person to read: a row of words each, the first being the head.
-
-    Of the numbers of checkpointed layers a few will do.
-    """
-    every = plans(shape, settings, card, tokens)
-    found = [plan for plan in every if plan == chosen or plan.checkpoint_every in (0, 1, 2)] or every
-    names = list(found[0].parts)
-    rows = [["", *names, "合计", "GiB，计算值"]]
-    for plan in found:
-        sizes = [f"{plan.parts[name] / GIB:.2f}" for name in names]
-        mark = "→" if plan == chosen else "✓" if plan.total <= card.room else "✗"
-        rows.append([mark, *sizes, f"{plan.total / GIB:.2f}", str(plan)])
-    return rows
 
 
 def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool]]:

@@ -140,11 +140,8 @@ MEASURED_ROWS = 256
 
 
 def has_torchao() -> bool:
-    """Whether torchao is installed, and on a GPU machine Triton, by which its optimizers compile themselves."""
-    import torch
-
-    needed = ["torchao", "triton"] if torch.cuda.is_available() else ["torchao"]
-    return all(importlib.util.find_spec(name) for name in needed)
+    """Whether torchao is installed, and what it needs here besides."""
+    return not hardware.missing_for_8_bit()
 
 
 def check_bitsandbytes() -> None:
@@ -193,7 +190,7 @@ def overview(settings: TrainSettings) -> str:
         f"{settings.model}，{shape.parameters / 1e9:.2f} B 参数，{method}，每步 {tokens} 个 token；"
         f"{card.name}，可用 {card.room / GIB:.1f} GiB"
     )
-    rows = planner.table(shape, settings, card, tokens, chosen)
+    rows = table(shape, settings, card, tokens, chosen)
     widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
         "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, [*widths, 0], strict=True))
@@ -201,5 +198,21 @@ def overview(settings: TrainSettings) -> str:
     ]
     said = f"会选：{chosen}" if chosen else why
     if chosen and chosen.needs_torchao and not has_torchao():
-        said += "\n需要先安装 torchao：pip install -e '.[quant]'"
+        said += f"\n需要先安装：{hardware.how_to_get_8_bit()}"
     return "\n".join([head, *(line.rstrip() for line in lines), said])
+
+
+def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen: Plan | None) -> list[list[str]]:
+    """The plans for a person to read: a row of words each, the first being the head.
+
+    Of the numbers of checkpointed layers a few will do.
+    """
+    every = planner.plans(shape, settings, card, tokens)
+    found = [plan for plan in every if plan == chosen or plan.checkpoint_every in (0, 1, 2)] or every
+    names = list(found[0].parts)
+    rows = [["", *names, "合计", "GiB，计算值"]]
+    for plan in found:
+        sizes = [f"{plan.parts[name] / GIB:.2f}" for name in names]
+        mark = "→" if plan == chosen else "✓" if plan.total <= card.room else "✗"
+        rows.append([mark, *sizes, f"{plan.total / GIB:.2f}", str(plan)])
+    return rows

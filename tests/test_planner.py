@@ -1,6 +1,7 @@
 """The memory plan: what it counts, what it chooses, what it says where nothing fits."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from types import SimpleNamespace
@@ -134,6 +135,58 @@ def test_what_fits_nowhere_says_what_would_fit():
     assert "train_lora.py" in caught.value.remedy and "Qwen/Qwen3-0.6B" in caught.value.remedy
     with pytest.raises(UserError, match="--max-length 1024"):
         planner.choose(MIDDLE, LoraSettings(), room(4.2), 4096, True)
+
+
+@pytest.mark.parametrize("settings", [TrainSettings(), TrainSettings(weights="fp32"), LoraSettings()])
+def test_what_is_said_to_fit_fits_when_it_is_followed(settings):
+    said = set()
+    for shape in (SMALL, MIDDLE, shapes.known("Qwen/Qwen3-4B")):
+        for size in range(2, 25):
+            card = planner.imagined_card(size * GIB)
+            try:
+                planner.choose(shape, settings, card, 2048, False)
+            except UserError as error:
+                remedies = error.remedy.removeprefix("放得下的：").split("；") if "放得下的：" in error.remedy else []
+            else:
+                continue
+            for remedy in remedies:
+                said.add(remedy)
+                if remedy.startswith("--max-length "):
+                    planner.choose(shape, settings, card, int(remedy.split()[1]), False)
+                elif remedy == "train_lora.py":
+                    planner.choose(shape, LoraSettings(), card, 2048, False)
+                elif remedy.startswith("pip install"):
+                    planner.choose(shape, settings, card, 2048, True)
+                else:
+                    planner.choose(shapes.known(remedy), settings, card, 2048, False)
+    assert "Qwen/Qwen3-0.6B" in said
+
+
+@pytest.mark.parametrize("options", [{"weights": "bf16"}, {"optimizer": "adamw_8bit"}])
+def test_what_needs_torchao_says_so_where_there_is_room(options):
+    with pytest.raises(UserError, match=r"torchao.*\[quant\]") as caught:
+        planner.choose(SMALL, TrainSettings(**options), room(22), 2048, False)
+    assert "放不下" not in str(caught.value)
+
+
+def test_on_windows_the_8_bit_optimizer_asks_for_triton_too(monkeypatch):
+    import torch
+
+    there = {"torchao"}
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    assert not planning.has_torchao()
+    with pytest.raises(UserError, match="pip install triton-windows") as caught:
+        planner.choose(SMALL, TrainSettings(), room(5), 2048, False)
+    assert "[quant]" not in caught.value.remedy
+    said = planning.overview(TrainSettings(model="Qwen/Qwen3-1.7B", gpu_memory="12GB"))
+    assert "triton-windows" in said
+    there.clear()
+    with pytest.raises(UserError, match=r"\[quant\].*triton-windows"):
+        planner.choose(SMALL, TrainSettings(), room(5), 2048, False)
+    there.update(("torchao", "triton"))
+    assert planning.has_torchao()
 
 
 def test_what_is_a_little_too_large_is_tried_all_the_same():
