@@ -96,6 +96,26 @@ def faster_cpu_dtype(rows: int, hidden: int, intermediate: int) -> "tuple[torch.
     return (torch.bfloat16 if factor >= CLEARLY_FASTER else torch.float32), factor
 
 
+def has_triton() -> bool:
+    """Whether TRL finds Triton, which Linux builds of torch for GPUs bring along."""
+    from transformers.utils import is_triton_available
+
+    return is_triton_available()
+
+
+def is_own_head(kind: str, fp16: bool, triton: bool) -> bool:
+    """Whether the output layer's loss is head.py's: without Triton TRL's takes much more memory.
+
+    Not in fp16: head.py forms its gradients before they are scaled, and small ones would become zero.
+
+    Args:
+        kind: of device.
+        fp16: mixed precision.
+        triton: whether it is there.
+    """
+    return kind != "cuda" or not (triton or fp16)
+
+
 def missing_for_8_bit() -> list[str]:
     """What the 8-bit optimizer lacks: torchao, and on a GPU machine Triton, by which it compiles itself."""
     import torch

@@ -19,7 +19,7 @@ from qwenmed.hardware import HEAD_ROWS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows that are worked on by turns: at 151,936 words 5 MB in fp32, so that they need not be fetched from memory each time.
+# Rows that a CPU works on by turns: at 151,936 words 5 MB in fp32, so that they need not be fetched from memory each time.
 ROWS_IN_CACHE = 8
 
 
@@ -48,11 +48,12 @@ class ChunkedLoss(torch.autograd.Function):
         # In half precision to the end: rounded once more than the layers' gradients, with half as much to move.
         weight_grad = torch.empty_like(head) if of_weight else None
         loss = torch.zeros((), device=rows.device)
+        at_a_time = ROWS_IN_CACHE if rows.device.type == "cpu" else chunk_rows
         for start in range(0, len(rows), chunk_rows):
             chunk = slice(start, start + chunk_rows)
             some, goals = rows[chunk].to(dtype), targets[chunk, None]
             wrong = some @ head.T
-            for logits, goal in zip(wrong.split(ROWS_IN_CACHE), goals.split(ROWS_IN_CACHE), strict=True):
+            for logits, goal in zip(wrong.split(at_a_time), goals.split(at_a_time), strict=True):
                 loss += _loss_and_gradient(logits, goal)
             if rows_grad is not None:
                 rows_grad[chunk] = wrong @ head

@@ -44,6 +44,8 @@ SLACK = 0.95
 NEARLY = 1.1
 # Columns of the vocabulary that TRL's output layer scores at a time (trl.trainer.utils), and at most so many rows.
 HEAD_COLUMNS, HEAD_MOST_ROWS = 32_768, 4096
+# Bytes that TRL's output layer takes for each of these values besides, where torch does Triton's work.
+HEAD_FALLBACK = 29
 # torchao quantises states in blocks of 256 with a scale each.
 STATE_BYTES_8BIT = 1 + 4 / 256
 # Bytes of an NF4 weight: four bits, and scales that are quantised themselves.
@@ -76,6 +78,7 @@ class Card:
         bf16: whether it computes natively in bf16.
         name: for people.
         shards: cards among which weights, gradients and optimizer states are split (FSDP).
+        triton: whether a GPU has Triton, by which TRL's output layer needs little.
     """
 
     kind: str
@@ -83,6 +86,7 @@ class Card:
     bf16: bool
     name: str
     shards: int = 1
+    triton: bool = True
 
 
 @dataclass(frozen=True)
@@ -311,15 +315,17 @@ def parts(shape: Shape, plan: Plan, card: Card, rank: int | None) -> dict[str, i
 
 def head_bytes(shape: Shape, plan: Plan, card: Card, frozen: bool) -> int:
     """Bytes that the output layer's loss takes beside the activations."""
-    if card.kind != "cuda":  # head.py
+    if hardware.is_own_head(card.kind, plan.autocast == "fp16", card.triton):
         logits, trained = min(plan.tokens, HEAD_ROWS) * shape.words * 4, 0 if frozen else shape.embedding
         if not plan.autocast:
             return logits + trained * 4
-        # In half precision: a copy of the weights and the logits, then the gradient in both types.
+        # In half precision: a copy of the weights and the logits, then the gradient in both types. A CPU makes fp32 of a
+        # few rows at a time.
         full = plan.weights == "fp32"
         copy = shape.embedding * 2 if full else 0
-        return max(copy + logits // 2 + trained * 2, trained * (6 if full else 2))
-    tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * 2
+        scores = logits // 2 if card.kind == "cpu" else logits // 2 + logits
+        return max(copy + scores + trained * 2, trained * (6 if full else 2))
+    tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * (2 if card.triton else 2 + HEAD_FALLBACK)
     cast = 2 * HEAD_COLUMNS * shape.width * 2 if plan.weights == "fp32" else 0
     gradient = 0 if frozen else shape.embedding * (4 if plan.weights == "fp32" else 4 + 2)
     return tile + cast + gradient + 2 * plan.tokens * shape.width * 4

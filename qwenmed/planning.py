@@ -30,7 +30,8 @@ def card_of(device: "torch.device", settings: TrainSettings) -> Card:
         if settings.gpu_memory:
             free = min(free, planner.memory(settings.gpu_memory) - planner.CONTEXT)
         name = torch.cuda.get_device_properties(device).name
-        return Card("cuda", int(free * planner.SLACK), hardware.has_native_bf16(device), name, processes.shards())
+        bf16, triton = hardware.has_native_bf16(device), hardware.has_triton()
+        return Card("cuda", int(free * planner.SLACK), bf16, name, processes.shards(), triton)
     if settings.gpu_memory:
         raise UserError("--gpu-memory 需要一块 NVIDIA GPU", None, "只想看别的卡上的计划，请加 --plan")
     name = {"cpu": "这台机器的内存"}.get(device.type, device.type)

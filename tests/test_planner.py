@@ -292,6 +292,45 @@ def test_run_that_leaves_gpus_idle_says_how_to_use_them(monkeypatch, capsys, dem
     assert capsys.readouterr().err.count("accelerate launch") == said
 
 
+@pytest.mark.parametrize(
+    ("kind", "fp16", "triton", "own"),
+    [
+        ("cpu", False, False, True),
+        ("mps", False, False, True),
+        ("cuda", False, True, False),
+        ("cuda", False, False, True),  # Windows
+        ("cuda", True, True, False),
+        ("cuda", True, False, False),
+    ],
+)
+def test_plan_counts_the_head_that_the_trainer_takes(trainer_args, kind, fp16, triton, own):
+    from qwenmed.callbacks import takes_own_head
+
+    assert takes_own_head(trainer_args(kind, fp16, triton)) == own
+    weights, autocast = ("fp32", "fp16") if fp16 else ("bf16", "bf16") if kind == "cuda" else ("fp32", None)
+    plan = planner.Plan(True, weights, autocast, "adamw", False, 1, 2048, {})
+    card = planner.Card(kind, 2**40, not fp16, "", triton=triton)
+    size = planner.head_bytes(SMALL, plan, card, frozen=True) / GIB
+    if own:
+        assert size == pytest.approx(512 * SMALL.words * (4 if kind != "cuda" else 2 + 4) / GIB, rel=0.01)
+    elif triton:
+        assert size < 0.3
+    else:  # counted by MemTracker: 1.94 without the copies of fp32 weights
+        assert size == pytest.approx(1.94 + 0.125, rel=0.02)
+
+
+@pytest.fixture
+def trainer_args(monkeypatch):
+    """Builds what a trainer knows of its device."""
+    import torch
+
+    def build(kind, fp16, triton):
+        monkeypatch.setattr(hardware, "has_triton", lambda: triton)
+        return SimpleNamespace(device=torch.device(kind), fp16=fp16)
+
+    return build
+
+
 @pytest.mark.parametrize(("text", "gib"), [("12GB", 12), ("11.6GiB", 11.6), ("24", 24), (" 8 gb ", 8)])
 def test_card_sizes_as_people_write_them(text, gib):
     assert planner.memory(text) == int(gib * GIB)
