@@ -174,10 +174,11 @@ def memory(text: str) -> int:
     return int(float(match[1]) * GIB)
 
 
-def imagined_card(size: int, bf16: bool = True) -> Card:
+def imagined_card(size: int, bf16: bool = True, triton: bool = True) -> Card:
     """A GPU of so many bytes that need not be there."""
     kind = "有原生 bf16" if bf16 else "没有原生 bf16"
-    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, f"{size / GIB:g} GiB 的显卡（{kind}）")
+    name = f"{size / GIB:g} GiB 的显卡（{kind}）"
+    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, name, triton=triton)
 
 
 def plans(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> list[Plan]:

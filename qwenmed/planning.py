@@ -155,6 +155,12 @@ def check_bitsandbytes() -> None:
         raise UserError("--quantize 需要 bitsandbytes", None, "pip install -e '.[quant]'")
 
 
+def gpu_here() -> tuple[bool, bool]:
+    """Whether the GPU of this machine computes in bf16, and has Triton; where there is none, as a new one on Linux."""
+    device = hardware.pick_device()
+    return (hardware.has_native_bf16(device), hardware.has_triton()) if device.type == "cuda" else (True, True)
+
+
 def local_folder(model: str) -> Path | None:
     """Where a model lies already; the demo model is built and counts as there."""
     for path in (Path(model), Path("models") / model.split("/")[-1]):
@@ -176,7 +182,7 @@ def overview(settings: TrainSettings) -> str:
         remedy = f"可以不下载就计划的有：{'、'.join(shapes.QWEN3)}；别的请先用 download_model.py 下载"
         raise UserError("不知道这个模型的大小", settings.model, remedy)
     if settings.gpu_memory:
-        card = planner.imagined_card(planner.memory(settings.gpu_memory))
+        card = planner.imagined_card(planner.memory(settings.gpu_memory), *gpu_here())
     else:
         card = card_of(hardware.pick_device(settings.device), settings)
     tokens = tokens_of(settings, card, None)

@@ -175,6 +175,8 @@ def test_on_windows_the_8_bit_optimizer_asks_for_triton_too(monkeypatch):
     there = {"torchao"}
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(hardware, "has_triton", lambda: "triton" in there)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
     assert not planning.has_torchao()
     with pytest.raises(UserError, match="pip install triton-windows") as caught:
@@ -437,6 +439,15 @@ def test_peak_of_a_cpu_without_the_module_resource_is_what_psutil_knows(monkeypa
         assert told[0]["measured_gib"] == {"resident": 3.0} and "+50%" in capsys.readouterr().err
     else:
         assert not told and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("capability", "words"), [((7, 5), "fp16 自动混合精度"), ((8, 0), "bf16 自动混合精度")])
+def test_plan_for_a_size_computes_as_the_gpu_here_does(monkeypatch, capability, words):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert words in planning.overview(TrainSettings(model="Qwen/Qwen3-0.6B", gpu_memory="16GB")).splitlines()[-1]
 
 
 WORDS = {
