@@ -451,14 +451,14 @@ def test_plan_for_a_size_computes_as_the_gpu_here_does(monkeypatch, capability, 
 
 
 WORDS = {
-    "README.md": ("fp32", "fp32 + 8 位", "bf16 + 8 位", "反向时更新", "–"),
-    "README_EN.md": ("fp32", "fp32 + 8-bit", "bf16 + 8-bit", "in backward", "–"),
+    "README.md": ("fp32", "fp32 + 8 位", "bf16 + 8 位", "反向时更新", "–", "T4：14.6 GiB，没有 bf16"),
+    "README_EN.md": ("fp32", "fp32 + 8-bit", "bf16 + 8-bit", "in backward", "–", "T4: 14.6 GiB, no bf16"),
 }
 
 
 @pytest.mark.parametrize("readme", sorted(WORDS))
 def test_table_of_cards_in_the_readme_is_what_the_planner_says(readme):
-    plain, fp32_8bit, bf16_8bit, in_backward, none = WORDS[readme]
+    plain, fp32_8bit, bf16_8bit, in_backward, none, t4 = WORDS[readme]
 
     def cell(shape, settings, card):
         try:
@@ -470,8 +470,8 @@ def test_table_of_cards_in_the_readme_is_what_the_planner_says(readme):
         return peak if plan.lora else f"{peak} {kind if plan.needs_torchao else plain}"
 
     text = (ROOT / readme).read_text(encoding="utf-8")
-    for size in (8, 12, 16, 24):
-        card = planner.imagined_card(size * GIB)
+    cards = {f"{size} GB": planner.imagined_card(size * GIB) for size in (8, 12, 16, 24)}
+    for name, card in {**cards, t4: planner.imagined_card(planner.memory("14.6GiB"), bf16=False)}.items():
         cells = [cell(shape, kind(), card) for shape in (SMALL, MIDDLE) for kind in (TrainSettings, LoraSettings)]
-        row = f"| {size} GB | {' | '.join(cells)} |"
+        row = f"| {name} | {' | '.join(cells)} |"
         assert row in text, f"the row should read: {row}"
