@@ -4,7 +4,7 @@ At Qwen3's 151,936 words the logits of 2,048 tokens take 1.2 GiB in fp32, and a 
 Here the rows go through in chunks of `HEAD_ROWS`, and the gradients are formed on the way; prompt and padding rows are
 dropped before. torch's `linear_cross_entropy` does the same in fp32, but of bf16 weights it gives the loss itself in
 bf16 (8,512 for 8,493), and takes four times as long where it is to sum up in fp32. TRL's own fused head does this job on
-GPUs with Triton; elsewhere it scores every row and took 2 to 3 times as long here (benchmarks/).
+GPUs with Triton, and in fp16; elsewhere it scores every row and took 2 to 3 times as long here (benchmarks/).
 
 Imports torch at once, so import this module where it is used.
 """
