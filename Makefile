@@ -151,7 +151,7 @@ bench-serve: $(VENV)/.ready-dev
 	$(PY) benchmarks/serving.py
 
 # 需要 Qwen3 的分词器（测试会建好）；有 GPU 时在 GPU 上测。
-bench-train: $(VENV)/.ready-dev
+bench-train: $(VENV)/.ready-dev $(QUANT)/.ready
 	$(PY) benchmarks/training.py
 
 # 需要 ../shared/data 里的真实样本。

@@ -144,10 +144,7 @@ def one(recipe: str, shape: str, method: str, card: str, wanted: int | None) -> 
         else:
             hardware.keep_freed_memory()
         trainer.train()
-    # The trainer shuffles: of the rows it took its share is what counts, not which ones.
-    taken = trainer.train_dataset
-    share = rows_a_step * steps / len(taken)
-    tokens = sum(map(len, taken["input_ids"])) * share
+    tokens = tokens_trained(trainer, steps)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found |= {
         "tokens": round(tokens), "seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds,
@@ -156,6 +153,13 @@ def one(recipe: str, shape: str, method: str, card: str, wanted: int | None) -> 
     if gpu:
         found["mfu"] = mfu(shape, tokens / clock.seconds, device)
     return found
+
+
+def tokens_trained(trainer: Any, steps: int) -> float:
+    """Tokens of so many steps. The trainer shuffles: of the rows it took its share is what counts, not which ones."""
+    args = trainer.args  # a plan that updates within the backward pass accumulates nothing, whatever the settings say
+    taken = args.per_device_train_batch_size * args.gradient_accumulation_steps * steps
+    return sum(map(len, trainer.train_dataset["input_ids"])) * taken / len(trainer.train_dataset)
 
 
 def mfu(shape: str, tokens_per_second: float, device: Any) -> float | None:

@@ -16,8 +16,14 @@ from trl import SFTTrainer
 from qwenmed import checkpoints, cli, hardware, head, merged_model, not_finite, processes
 
 
+def takes_own_head(args: Any) -> bool:
+    """Whether a trainer with these arguments takes the loss of head.py instead of TRL's."""
+    gpu = args.device.type == "cuda"
+    return hardware.is_own_head(args.device.type, args.fp16, gpu and hardware.has_triton())
+
+
 class MedicalSFTTrainer(SFTTrainer):
-    """SFTTrainer with a faster head on the CPU, that stops at a loss that is no number.
+    """SFTTrainer with a leaner head where there is no Triton, that stops at a loss that is no number.
 
     Its checkpoints say how they were made (`checkpoint.json`).
 
@@ -34,7 +40,7 @@ class MedicalSFTTrainer(SFTTrainer):
         self.rows: Any = None
         self.in_backward = self.fresh_states = False
         self._step_inputs: list[Any] = []
-        self._own_head = self.args.device.type == "cpu"  # TRL's head is made for Triton; see head.py
+        self._own_head = takes_own_head(self.args)
         if self._own_head:
             inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             head.add_loss_head(inner)
@@ -189,6 +195,8 @@ class PlanAgainstMeasured(TrainerCallback):
         if not state.is_world_process_zero:
             return
         peak = hardware.peak_memory_gib(args.device)
+        if not peak:
+            return
         measured = next(iter(peak.values()))
         self._tell({"planned_gib": round(self._planned, 3), "measured_gib": peak, "steps": self._steps})
         listed = "，".join(f"{_PEAKS.get(name, name)} {size:.2f} GiB" for name, size in peak.items())

@@ -118,12 +118,15 @@ def sft_config(settings: TrainSettings, folder: Path, plan: Plan, card: Card) ->
         neftune_noise_alpha=settings.neftune_alpha,
     )
     try:
-        return SFTConfig(**fields | handed)
+        config = SFTConfig(**fields | handed)
     except (ValueError, TypeError) as error:
         if not handed:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--sft 的值不合适：{reason}", None, "请改正后重试") from error
+    # A process trains on one GPU; on all that it sees, transformers would use nn.DataParallel, which TRL refuses.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":

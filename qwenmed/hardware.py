@@ -4,7 +4,9 @@ bf16 counts only where the GPU has it natively (compute capability ≥ 8.0; torc
 """
 
 import contextlib
+import importlib.util
 import platform
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qwenmed.errors import UserError
@@ -94,6 +96,41 @@ def faster_cpu_dtype(rows: int, hidden: int, intermediate: int) -> "tuple[torch.
     return (torch.bfloat16 if factor >= CLEARLY_FASTER else torch.float32), factor
 
 
+def has_triton() -> bool:
+    """Whether TRL finds Triton, which Linux builds of torch for GPUs bring along."""
+    from transformers.utils import is_triton_available
+
+    return is_triton_available()
+
+
+def is_own_head(kind: str, fp16: bool, triton: bool) -> bool:
+    """Whether the output layer's loss is head.py's: without Triton TRL's takes much more memory.
+
+    Not in fp16: head.py forms its gradients before they are scaled, and small ones would become zero.
+
+    Args:
+        kind: of device.
+        fp16: mixed precision.
+        triton: whether it is there.
+    """
+    return kind != "cuda" or not (triton or fp16)
+
+
+def missing_for_8_bit() -> list[str]:
+    """What the 8-bit optimizer lacks: torchao, and on a GPU machine Triton, by which it compiles itself."""
+    import torch
+
+    needed = ["torchao", "triton"] if torch.cuda.is_available() else ["torchao"]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def how_to_get_8_bit() -> str:
+    """The commands that install what the 8-bit optimizer lacks here."""
+    triton = "pip install triton-windows（没有试过）" if sys.platform == "win32" else "pip install triton"
+    commands = {"torchao": "pip install -e '.[quant]'", "triton": triton}
+    return "，再 ".join(commands[name] for name in missing_for_8_bit() or ["torchao"])
+
+
 def describe(device: "torch.device") -> dict[str, Any]:
     """The hardware, for run.json."""
     import torch
@@ -115,7 +152,10 @@ def describe(device: "torch.device") -> dict[str, Any]:
 
 
 def peak_memory_gib(device: "torch.device") -> dict[str, float]:
-    """Peak memory of this process: allocated and reserved on a GPU, resident set otherwise; in GiB."""
+    """Peak memory of this process: allocated and reserved on a GPU, resident set otherwise; in GiB.
+
+    Empty where the system does not tell.
+    """
     import torch
 
     if device.type == "cuda":
@@ -125,10 +165,13 @@ def peak_memory_gib(device: "torch.device") -> dict[str, float]:
         }
     with contextlib.suppress(ImportError):  # no such module on Windows
         import resource
-        import sys
 
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return {"resident": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
+    import psutil
+
+    with contextlib.suppress(AttributeError):  # which psutil knows on Windows only
+        return {"resident": round(psutil.Process().memory_info().peak_wset / 2**30, 3)}
     return {}
 
 

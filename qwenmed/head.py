@@ -4,7 +4,7 @@ At Qwen3's 151,936 words the logits of 2,048 tokens take 1.2 GiB in fp32, and a 
 Here the rows go through in chunks of `HEAD_ROWS`, and the gradients are formed on the way; prompt and padding rows are
 dropped before. torch's `linear_cross_entropy` does the same in fp32, but of bf16 weights it gives the loss itself in
 bf16 (8,512 for 8,493), and takes four times as long where it is to sum up in fp32. TRL's own fused head does this job on
-GPUs with Triton; elsewhere it scores every row and took 2 to 3 times as long here (benchmarks/).
+GPUs with Triton, and in fp16; elsewhere it scores every row and took 2 to 3 times as long here (benchmarks/).
 
 Imports torch at once, so import this module where it is used.
 """
@@ -19,7 +19,7 @@ from qwenmed.hardware import HEAD_ROWS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows that are worked on by turns: at 151,936 words 5 MB in fp32, so that they need not be fetched from memory each time.
+# Rows that a CPU works on by turns: at 151,936 words 5 MB in fp32, so that they need not be fetched from memory each time.
 ROWS_IN_CACHE = 8
 
 
@@ -48,11 +48,12 @@ class ChunkedLoss(torch.autograd.Function):
         # In half precision to the end: rounded once more than the layers' gradients, with half as much to move.
         weight_grad = torch.empty_like(head) if of_weight else None
         loss = torch.zeros((), device=rows.device)
+        at_a_time = ROWS_IN_CACHE if rows.device.type == "cpu" else chunk_rows
         for start in range(0, len(rows), chunk_rows):
             chunk = slice(start, start + chunk_rows)
             some, goals = rows[chunk].to(dtype), targets[chunk, None]
             wrong = some @ head.T
-            for logits, goal in zip(wrong.split(ROWS_IN_CACHE), goals.split(ROWS_IN_CACHE), strict=True):
+            for logits, goal in zip(wrong.split(at_a_time), goals.split(at_a_time), strict=True):
                 loss += _loss_and_gradient(logits, goal)
             if rows_grad is not None:
                 rows_grad[chunk] = wrong @ head

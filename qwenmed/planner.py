@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwenmed import hardware, processes
 from qwenmed.errors import UserError
 from qwenmed.hardware import HEAD_ROWS
 from qwenmed.settings import LoraSettings, TrainSettings
@@ -43,6 +44,8 @@ SLACK = 0.95
 NEARLY = 1.1
 # Columns of the vocabulary that TRL's output layer scores at a time (trl.trainer.utils), and at most so many rows.
 HEAD_COLUMNS, HEAD_MOST_ROWS = 32_768, 4096
+# Bytes that TRL's output layer takes for each of these values besides, where torch does Triton's work.
+HEAD_FALLBACK = 29
 # torchao quantises states in blocks of 256 with a scale each.
 STATE_BYTES_8BIT = 1 + 4 / 256
 # Bytes of an NF4 weight: four bits, and scales that are quantised themselves.
@@ -75,6 +78,7 @@ class Card:
         bf16: whether it computes natively in bf16.
         name: for people.
         shards: cards among which weights, gradients and optimizer states are split (FSDP).
+        triton: whether a GPU has Triton, by which TRL's output layer needs little.
     """
 
     kind: str
@@ -82,6 +86,7 @@ class Card:
     bf16: bool
     name: str
     shards: int = 1
+    triton: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ class Plan:
         """The type to load the weights in."""
         import torch
 
-        return torch.float32 if self.weights == "fp32" else torch.bfloat16
+        if self.weights == "fp32":
+            return torch.float32
+        return torch.float16 if self.autocast == "fp16" else torch.bfloat16
 
     @property
     def needs_torchao(self) -> bool:
@@ -126,8 +133,8 @@ class Plan:
 
     def __str__(self) -> str:
         kinds = {"fp32": "fp32", "bf16": "bf16", "nf4": "4 位（NF4）"}
-        # trl.SFTTrainer keeps the adapters of a quantised model in bf16.
-        adapters = "bf16" if self.weights == "nf4" else "fp32"
+        # trl.SFTTrainer keeps the adapters of a quantised model in bf16, build_trainer in fp32 where that is no use.
+        adapters = "bf16" if self.weights == "nf4" and self.autocast == "bf16" else "fp32"
         what = f"{kinds[self.weights]} 冻结权重 + {adapters} LoRA 权重" if self.lora else f"{kinds[self.weights]} 权重"
         if not self.lora and self.weights == "bf16":
             what += "（随机舍入）" if self.needs_torchao else "（小的更新会被舍入掉）"
@@ -167,10 +174,11 @@ def memory(text: str) -> int:
     return int(float(match[1]) * GIB)
 
 
-def imagined_card(size: int, bf16: bool = True) -> Card:
+def imagined_card(size: int, bf16: bool = True, triton: bool = True) -> Card:
     """A GPU of so many bytes that need not be there."""
     kind = "有原生 bf16" if bf16 else "没有原生 bf16"
-    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, f"{size / GIB:g} GiB 的显卡（{kind}）")
+    name = f"{size / GIB:g} GiB 的显卡（{kind}）"
+    return Card("cuda", int((size - CONTEXT) * SLACK), bf16, name, triton=triton)
 
 
 def plans(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> list[Plan]:
@@ -189,9 +197,20 @@ def plans(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> lis
             bare = Plan(lora, weights, _autocast(card), optimizer, in_backward, every, tokens, {})
             found.append(dataclasses.replace(bare, parts=parts(shape, bare, card, _rank(settings))))
     if not found:
-        what = "--weights、--optimizer、--optimizer-in-backward 不能这样合在一起"
-        raise UserError(what, card.name, "bf16 权重和反向时更新需要有原生 bf16 的 GPU（Ampere 及以后）")
+        raise _refusal(settings, card)
     return found
+
+
+def _refusal(settings: TrainSettings, card: Card) -> UserError:
+    """Why the settings leave no plan on this card."""
+    if isinstance(settings, LoraSettings) and settings.quantize and card.kind != "cuda":
+        return UserError("--quantize 需要 NVIDIA GPU", None, "请去掉 --quantize")
+    if settings.optimizer_in_backward == "on" and processes.count() > 1:
+        return UserError("--optimizer-in-backward on 只能用于一个进程", None, "请去掉它，或不用 accelerate launch")
+    if settings.weights == "bf16" and card.bf16 and card.shards > 1:
+        return UserError("FSDP 把要训练的 bf16 权重都换成 fp32", None, "请去掉 --weights bf16")
+    what = "--weights、--optimizer、--optimizer-in-backward 不能这样合在一起"
+    return UserError(what, card.name, "bf16 权重和反向时更新需要有原生 bf16 的 GPU（Ampere 及以后）")
 
 
 def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torchao: bool) -> list[Plan]:
@@ -205,17 +224,20 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
         UserError: none fits, nor nearly; what would is said.
     """
     found = plans(shape, settings, card, tokens)
-    usable = [plan for plan in found if torchao or not plan.needs_torchao]
+    usable = _usable(found, torchao)
     fitting = next((plan for plan in usable if plan.total <= card.room), None)
     if fitting is None:
+        with_torchao = any(plan.total <= card.room for plan in found)
+        if with_torchao and not usable:
+            raise UserError("这样的设置要用 torchao 的 8 位优化器，它还没有装好", None, hardware.how_to_get_8_bit())
         least = min(usable or found, key=lambda plan: plan.total)
         if least in usable and least.total <= card.room * NEARLY:
             return [least]
         what = f"{card.name}放不下：需要 {least.total / GIB:.1f} GiB（计算值），可用 {card.room / GIB:.1f} GiB"
         remedies = []
-        if any(plan.total <= card.room for plan in found):
-            remedies.append("pip install -e '.[quant]'（8 位优化器放得下）")
-        remedies += smaller(shape, settings, card, tokens)
+        if with_torchao:
+            remedies.append(f"{hardware.how_to_get_8_bit()}（8 位优化器放得下）")
+        remedies += smaller(shape, settings, card, tokens, torchao)
         larger = "请换一块更大的卡" if card.kind == "cuda" else "请关掉别的程序，或换一台内存更大的机器"
         raise UserError(what, str(least), "放得下的：" + "；".join(remedies) if remedies else larger)
     chosen = [fitting]
@@ -225,23 +247,26 @@ def choose(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torch
     return chosen
 
 
-def smaller(shape: Shape, settings: TrainSettings, card: Card, tokens: int) -> list[str]:
+def _usable(found: Iterable[Plan], torchao: bool) -> list[Plan]:
+    return [plan for plan in found if torchao or not plan.needs_torchao]
+
+
+def smaller(shape: Shape, settings: TrainSettings, card: Card, tokens: int, torchao: bool) -> list[str]:
     """What would fit where the wanted training does not: fewer tokens a row, LoRA, a smaller model."""
 
-    def fits(shape: Shape, kind: type[TrainSettings], tokens: int) -> bool:
-        return any(plan.total <= card.room for plan in plans(shape, kind(), card, tokens))
+    def fits(shape: Shape, settings: TrainSettings, tokens: int) -> bool:
+        return any(plan.total <= card.room for plan in _usable(plans(shape, settings, card, tokens), torchao))
 
     words = []
-    kind = type(settings)
     for length in (1024, 512):
-        if length * settings.batch_size < tokens and fits(shape, kind, length * settings.batch_size):
+        if length * settings.batch_size < tokens and fits(shape, settings, length * settings.batch_size):
             words.append(f"--max-length {length}")
             break
-    if kind is TrainSettings and fits(shape, LoraSettings, tokens):
+    if not isinstance(settings, LoraSettings) and fits(shape, LoraSettings(), tokens):
         words.append("train_lora.py")
     for name in reversed(QWEN3):
         other = known(name)
-        if other is not None and other.parameters < shape.parameters and fits(other, kind, tokens):
+        if other is not None and other.parameters < shape.parameters and fits(other, settings, tokens):
             words.append(name)
             break
     return words
@@ -291,15 +316,17 @@ def parts(shape: Shape, plan: Plan, card: Card, rank: int | None) -> dict[str, i
 
 def head_bytes(shape: Shape, plan: Plan, card: Card, frozen: bool) -> int:
     """Bytes that the output layer's loss takes beside the activations."""
-    if card.kind != "cuda":  # head.py
+    if hardware.is_own_head(card.kind, plan.autocast == "fp16", card.triton):
         logits, trained = min(plan.tokens, HEAD_ROWS) * shape.words * 4, 0 if frozen else shape.embedding
         if not plan.autocast:
             return logits + trained * 4
-        # In half precision: a copy of the weights and the logits, then the gradient in both types.
+        # In half precision: a copy of the weights and the logits, then the gradient in both types. A CPU makes fp32 of a
+        # few rows at a time.
         full = plan.weights == "fp32"
         copy = shape.embedding * 2 if full else 0
-        return max(copy + logits // 2 + trained * 2, trained * (6 if full else 2))
-    tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * 2
+        scores = logits // 2 if card.kind == "cpu" else logits // 2 + logits
+        return max(copy + scores + trained * 2, trained * (6 if full else 2))
+    tile = min(plan.tokens, HEAD_MOST_ROWS) * HEAD_COLUMNS * (2 if card.triton else 2 + HEAD_FALLBACK)
     cast = 2 * HEAD_COLUMNS * shape.width * 2 if plan.weights == "fp32" else 0
     gradient = 0 if frozen else shape.embedding * (4 if plan.weights == "fp32" else 4 + 2)
     return tile + cast + gradient + 2 * plan.tokens * shape.width * 4
@@ -311,32 +338,17 @@ def layer_bytes(shape: Shape, plan: Plan) -> int:
     return int(width * shape.width + attention * (shape.queries + shape.keys) + inner * shape.inner)
 
 
-def table(shape: Shape, settings: TrainSettings, card: Card, tokens: int, chosen: Plan | None) -> list[list[str]]:
-    """The plans for a person to read: a row of words each, the first being the head.
-
-    Of the numbers of checkpointed layers a few will do.
-    """
-    every = plans(shape, settings, card, tokens)
-    found = [plan for plan in every if plan == chosen or plan.checkpoint_every in (0, 1, 2)] or every
-    names = list(found[0].parts)
-    rows = [["", *names, "合计", "GiB，计算值"]]
-    for plan in found:
-        sizes = [f"{plan.parts[name] / GIB:.2f}" for name in names]
-        mark = "→" if plan == chosen else "✓" if plan.total <= card.room else "✗"
-        rows.append([mark, *sizes, f"{plan.total / GIB:.2f}", str(plan)])
-    return rows
-
-
 def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool]]:
     """(weights, optimizer, whether within the backward pass), as far as the settings leave them open; best first."""
     lora = isinstance(settings, LoraSettings)
     if isinstance(settings, LoraSettings):
-        half = settings.weights == "bf16" or (settings.weights == "auto" and card.bf16)
-        weights = "nf4" if settings.quantize else "bf16" if half else "fp32"
-        found = [(weights, "adamw", False), (weights, "adamw_8bit", False)]
+        wanted = settings.weights if settings.weights != "auto" else "bf16" if card.bf16 else "fp32"
+        weights = "nf4" if settings.quantize else wanted
+        possible = {"fp32": True, "bf16": card.bf16, "nf4": card.kind == "cuda"}[weights]
+        found = [(weights, "adamw", False), (weights, "adamw_8bit", False)] if possible else []
     else:
         found = [("fp32", "adamw", False), ("fp32", "adamw_8bit", False)]
-        if card.bf16:
+        if card.bf16 and card.shards == 1:  # accelerate makes fp32 of trained weights before it shards them
             found += [("bf16", "adamw", False), ("bf16", "adamw_8bit", False), ("bf16", "adamw_8bit", True)]
     for weights, optimizer, in_backward in found:
         if settings.weights not in ("auto", weights) and not lora:
@@ -348,10 +360,12 @@ def _kinds(settings: TrainSettings, card: Card) -> Iterator[tuple[str, str, bool
         lossy = (weights, optimizer) == ("bf16", "adamw") and not lora
         if settings.optimizer == "auto" and (idle or lossy):
             continue
+        # Several processes average their gradients first, and the scaling of fp16 gradients wants them all at once.
+        at_once = processes.count() == 1 and _autocast(card) != "fp16"
         if settings.optimizer_in_backward == "on":
-            if _autocast(card) != "fp16":  # the scaling of fp16 gradients wants them all at once
+            if at_once:
                 yield weights, optimizer, True
-        elif not in_backward or settings.optimizer_in_backward == "auto":
+        elif not in_backward or (at_once and settings.optimizer_in_backward == "auto"):
             yield weights, optimizer, in_backward
 
 

@@ -273,6 +273,11 @@ def build_trainer(
                 f"模型里没有这些层：{peft_config.target_modules}", None, "请用 --target-modules all-linear"
             ) from error
         raise
+    if peft_config is not None and not config.bf16:
+        # TRL makes the adapters of a quantised model bf16; torch can't unscale such gradients of fp16 training.
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
     trainer.card, trainer.rows, trainer.in_backward = card, rows, in_backward
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

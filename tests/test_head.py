@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qwenmed import checkpoints
-from qwenmed.head import add_loss_head, completion_loss
+from qwenmed import checkpoints, head
+from qwenmed.head import ChunkedLoss, add_loss_head, completion_loss
 
 
 def relative(found, expected):
@@ -46,6 +46,19 @@ def test_half_precision_rounds_the_gradients_but_not_the_loss():
         assert loss.dtype == torch.float32 and exact > 16_384 and abs(loss.item() - exact) < 1
         assert head.grad.dtype == half.dtype
         assert relative(some.grad, hidden.grad) < 0.01 and relative(head.grad.float(), weight.grad) < 0.01
+
+
+def test_away_from_the_cpu_a_whole_chunk_is_worked_on_at_a_time(monkeypatch):
+    sizes, loss_and_gradient = [], head._loss_and_gradient
+    monkeypatch.setattr(
+        head, "_loss_and_gradient", lambda logits, goals: sizes.append(len(logits)) or loss_and_gradient(logits, goals)
+    )
+    for device, expected in (("meta", [24, 16]), ("cpu", [8] * 5)):
+        rows, weight = torch.zeros(40, 4, device=device), torch.zeros(50, 4, device=device)
+        targets = torch.zeros(40, dtype=torch.long, device=device)
+        ChunkedLoss.apply(rows, weight, targets, 24, torch.float32)
+        assert sizes == expected
+        sizes.clear()
 
 
 def test_frozen_head_still_passes_the_gradient_on():

@@ -64,10 +64,33 @@ def test_weights_are_full_precision_without_a_gpu(trainer_of):
     assert not trainer.args.bf16 and not trainer.args.fp16
 
 
+def test_several_visible_gpus_do_not_stop_a_single_process(trainer_of, monkeypatch):
+    from trl import SFTConfig
+
+    prepare = SFTConfig.__post_init__
+
+    def sees_two(config):
+        prepare(config)
+        config._n_gpu = 2
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", sees_two)
+    trainer = trainer_of(batch_size=2)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 2
+
+
 def test_lora_trains_the_seven_projections_and_nothing_else(trainer_of):
     trainer = trainer_of(LoraSettings)
     trained = {name.split(".")[-4] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_adapters_of_a_quantised_model_are_fp32_where_nothing_computes_in_bf16(trainer_of, monkeypatch):
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "is_loaded_in_4bit", True, raising=False)
+    adapters = [each for each in trainer_of(LoraSettings).model.parameters() if each.requires_grad]
+    assert adapters and all(each.dtype == torch.float32 for each in adapters)
 
 
 def test_fields_of_the_trainer_are_handed_through(trainer_of):
@@ -192,6 +215,16 @@ def test_updating_within_the_backward_pass_gives_the_same_weights_and_keeps_no_g
     for name in plain:
         torch.testing.assert_close(at_once[name], plain[name], rtol=1e-5, atol=1e-7)
     assert most <= 1
+
+
+def test_benchmark_counts_the_rows_that_a_step_really_takes(trainer_of, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from benchmarks.training import tokens_trained
+
+    for in_backward, rows in (("off", 2 * 4), ("on", 2)):
+        trainer = trainer_of(batch_size=2, gradient_accumulation_steps=4, optimizer_in_backward=in_backward)
+        whole = sum(map(len, trainer.train_dataset["input_ids"]))
+        assert tokens_trained(trainer, 3) == pytest.approx(whole / len(RECORDS) * rows * 3)
 
 
 def test_finished_run_leaves_everything_it_promises(trained):
