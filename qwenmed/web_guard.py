@@ -51,6 +51,7 @@ class Guard:
         largest_body: int = LARGEST_BODY,
     ) -> None:
         self._app, self._hosts, self._largest = app, frozenset(hosts), largest_body
+        self._too_large = "request_too_large", f"请求超过 {largest_body:,} 字节"
         # Of equal length, so that the comparison takes the same time whatever is sent.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
@@ -77,7 +78,7 @@ class Guard:
         if length and not (length.isascii() and length.isdigit()):
             return 400, "invalid_request", "Content-Length 不是数字"
         if length and int(length) > self._largest:
-            return 413, "request_too_large", f"请求超过 {self._largest:,} 字节"
+            return 413, *self._too_large
         return None
 
     def _has_key(self, authorization: str) -> bool:
@@ -88,15 +89,18 @@ class Guard:
         return scheme.lower() == "bearer" and any(matches)
 
     def _limited(self, receive: Receive) -> Receive:
-        """The body, cut off where it outgrows its limit though its length was not told."""
+        """The body, refused where it outgrows its limit though its length was not told."""
+        from starlette.exceptions import HTTPException
+
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._largest:
-                return {"type": "http.request", "body": b"", "more_body": False}
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._largest:  # the application answers what a middleware raises
+                    raise HTTPException(413, (*self._too_large, None))
             return message
 
         return limited

@@ -263,6 +263,22 @@ def test_large_bodies_are_refused_told_or_not(address):
     assert httpx.post(url, content=chunks, headers=headers).status_code in (400, 413)
 
 
+def test_body_that_outgrows_its_limit_is_refused_and_its_client_gone_does_not_hold_the_server(address):
+    body = json.dumps(asked("随便说说", stream=True, max_tokens=2000, temperature=1.9, seed=3)).encode()
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        # A whole question, and then blanks.
+        for piece in (body, *[b" " * 50_000] * 24):
+            client.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        status = client.recv(1000).split(b"\r\n")[0]
+    assert httpx.get(f"{address}/healthz", timeout=2).status_code == 200
+    assert b" 413 " in status
+
+
 # --- many at once ----------------------------------------------------------------------------------------------------
 
 
