@@ -138,7 +138,7 @@ def build_service(settings: ServeSettings, engine_settings: EngineSettings) -> "
             conversation.earlier_turn(question, shown, suggest_scenario(question).scenario, caller.notice)
             for question, shown in asked.turns
         ]
-        question = asked.messages[-1].text.strip()
+        question = asked.question
         limit = min(asked.limit or settings.max_tokens, settings.max_tokens)
         if settings.log_content:
             cli.note(f"问（{scenario}）：{question}")

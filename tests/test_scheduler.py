@@ -44,6 +44,23 @@ def test_any_conversation_falls_into_turns(earlier, question):
     request = ChatRequest(messages=[*earlier, {"role": "user", "content": question}])
     assert all(asked for asked, _ in request.turns)
     assert len(request.turns) <= sum(each["role"] == "assistant" for each in earlier)
+    heard = "\n".join([*(asked for asked, _ in request.turns), request.question])
+    asked = [
+        each["content"].strip() for each in [*earlier, {"role": "user", "content": question}] if each["role"] == "user"
+    ]
+    assert heard == "\n".join(filter(None, asked))
+
+
+def test_messages_that_follow_one_another_are_one_question():
+    def message(role, content):
+        return {"role": role, "content": content}
+
+    earlier = [message("user", "胸口疼"), message("user", "出了一身冷汗"), message("assistant", "请坐下。")]
+    request = ChatRequest(
+        messages=[*earlier, message("user", "还要"), message("system", "简短"), message("user", "多久？")]
+    )
+    assert request.turns == [("胸口疼\n出了一身冷汗", "请坐下。")] and request.question == "还要\n多久？"
+    assert triage.assess(ChatRequest(messages=earlier[:2]).question).level == triage.EMERGENCY
 
 
 def test_fixed_texts_are_taken_off_an_answer_that_comes_back():
