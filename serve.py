@@ -134,10 +134,9 @@ def build_service(settings: ServeSettings, engine_settings: EngineSettings) -> "
             engine=cast("Engine", caller),  # one question: `generate` is not asked for
             think_budget=budget if asked.think_budget is None else asked.think_budget,
         )
-        assistant.history = [
-            conversation.earlier_turn(question, shown, suggest_scenario(question).scenario, caller.notice)
-            for question, shown in asked.turns
-        ]
+        assistant.history = conversation.earlier_turns(
+            asked.turns, lambda question: suggest_scenario(question).scenario, caller.notice
+        )
         question = asked.question
         limit = min(asked.limit or settings.max_tokens, settings.max_tokens)
         if settings.log_content:

@@ -5,7 +5,7 @@ leave, the oldest first. A saved conversation is JSON that only its owner can re
 """
 
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,18 +48,28 @@ def prompt_messages(
     raise AssertionError("the loop returns without turns at the latest")
 
 
-def earlier_turn(question: str, shown: str, scenario: str, notice: str = "") -> AssistantReply:
-    """A turn that only its texts are left of: what a client that keeps the conversation sends back.
+def earlier_turns(
+    turns: Sequence[tuple[str, str]], scenario_of: Callable[[str], str], notice: str = ""
+) -> list[AssistantReply]:
+    """Turns that only their texts are left of: what a client that keeps the conversation sends back.
 
     Args:
-        shown: the answer as it was shown, fixed texts included.
+        turns: the questions, and the answers as they were shown, fixed texts included.
+        scenario_of: the scenario of a question.
         notice: the model's.
     """
-    urgency = triage.assess(question)
-    said = triage.models_words(shown, question, notice)
-    return AssistantReply(
-        question, scenario, urgency.level, urgency.reasons, "", shown, said, (), "stop", 0, 0, 0, 0.0, ""
-    )
+    replies: list[AssistantReply] = []
+    for question, shown in turns:
+        before = replies[-1] if replies and replies[-1].urgency != triage.EMERGENCY else None
+        urgency = triage.assess_conversation(question, before.question if before else None)
+        said = triage.models_words(shown, notice)
+        scenario = scenario_of(question)
+        replies.append(
+            AssistantReply(
+                question, scenario, urgency.level, urgency.reasons, "", shown, said, (), "stop", 0, 0, 0, 0.0, ""
+            )
+        )
+    return replies
 
 
 def save(path: Path, history: Sequence[AssistantReply]) -> None:

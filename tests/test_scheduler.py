@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenmed import chat, checkpoints, triage
+from qwenmed import chat, checkpoints, conversation, triage
 from qwenmed.api_types import ChatRequest
 from qwenmed.engine import Generation, Prompt, Sampling
 from qwenmed.scheduler import Caller, Cancelled, Scheduler, Ticket, _StopFinder
@@ -72,7 +72,31 @@ def test_fixed_texts_are_taken_off_an_answer_that_comes_back():
         urgency = triage.assess(question)
         checked = triage.check_answer(said, question, urgency)
         shown = triage.close_answer(checked.text, "【演示】", urgency)
-        assert triage.models_words(shown, question, "【演示】") == said != shown
+        assert triage.models_words(shown, "【演示】") == said != shown
+
+
+@pytest.mark.parametrize("is_crisis", [False, True])
+def test_every_emergency_text_is_taken_off_whatever_it_was_found_in(is_crisis):
+    for advice in triage._advice():
+        urgency = triage.Urgency(triage.EMERGENCY, (), advice, is_crisis)
+        shown = triage.close_answer("请坐下。\n\n不要走动。", "", urgency)
+        assert triage.models_words(shown) == "请坐下。\n\n不要走动。"
+
+
+@pytest.mark.parametrize("text", [triage.NO_ANSWER.format(limit=2048), triage.EMPTY_ANSWER])
+def test_word_that_there_is_no_answer_is_not_the_models(text):
+    for question in (EMERGENCY, "头痛"):
+        assert triage.models_words(triage.close_answer(text, "", triage.assess(question))) == ""
+
+
+def test_earlier_turns_are_read_with_the_one_before_as_when_they_were_asked():
+    turns = [("胸口疼", "多久了？"), ("出了一身冷汗", "请坐下。"), ("心里害怕", "深呼吸。")]
+    earlier = conversation.earlier_turns(turns, lambda question: "diagnosis", "")
+    assert [(reply.question, reply.said) for reply in earlier] == turns
+    assert earlier[1].urgency == triage.EMERGENCY and earlier[1].reasons
+    # What follows an emergency is read alone, as it was when it was asked.
+    assert earlier[0].urgency != triage.EMERGENCY != earlier[2].urgency
+    assert earlier[2].urgency == triage.assess("心里害怕").level
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_conversation_goes_on_and_the_fixed_texts_do_not_come_back_to_the_model(
     alone = client.chat.completions.create(**following).usage.prompt_tokens
     both = client.chat.completions.create(**{**following, "messages": [*earlier, *following["messages"]]})
     folder = checkpoints.find(str(trained.run)).path
-    own = question + triage.models_words(first, question, checkpoints.describe(folder).notice)
+    own = question + triage.models_words(first, checkpoints.describe(folder).notice)
     tokens = len(checkpoints.load_tokenizer(folder)(own)["input_ids"])
     # Two turns' marks, and nothing of the disclaimer and the model's notice.
     assert tokens <= both.usage.prompt_tokens - alone < tokens + 20
