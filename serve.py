@@ -12,6 +12,7 @@ model 是 medical（自动选择场景）或 medical:场景；思考在 reasonin
 需要 pip install -e '.[serve]'。部署、限度与实测见 docs/serving.md。
 """
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from qwenmed.engine import Engine
     from qwenmed.scheduler import Caller
 
+# Open files that the server asks the system for: each connection is one.
+MOST_FILES = 65_536
 # How long running answers may take after SIGTERM, in seconds.
 GRACE = 30
 KEY_LENGTH = 16
@@ -170,6 +173,19 @@ def summary(reply: AssistantReply) -> dict[str, Any]:
     return {**told, "reasons": list(reply.reasons), "cautions": list(reply.cautions)}
 
 
+def allow_connections() -> None:
+    """Raise the limit of open files as far as the system lets a user; a shell's is often a few hundred."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if wanted > soft != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(settings: ServeSettings, keys: list[str], service: "Service", listener: socket.socket) -> None:
     """Serve; a signal ends it when the running answers have ended, at most half a minute later."""
     import uvicorn
@@ -178,8 +194,10 @@ def serve(settings: ServeSettings, keys: list[str], service: "Service", listener
     from qwenmed.api import build_app
 
     hosts = (*web_guard.LOOPBACK, settings.host) if settings.is_loopback else ()
+    allow_connections()
     config = uvicorn.Config(
         web_guard.Guard(build_app(service), keys, hosts),
+        http=web_guard.patient_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -1,8 +1,9 @@
-"""What stands before every request of the server: keys, hosts, sizes, and the headers of every answer.
+"""What stands before every request of the server: keys, hosts, sizes, the headers of every answer, and its patience.
 
 Plain ASGI, so that a stream is passed through piece by piece. Errors have OpenAI's form.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -11,6 +12,8 @@ from typing import Any
 
 # Bytes of a request.
 LARGEST_BODY = 1_000_000
+# Seconds that a request may take to become whole.
+PATIENCE = 30.0
 # What may be asked without a key: the page itself (it asks for the key), and whether the server is alive.
 OPEN_PATHS = frozenset({"/", "/chat.js", "/chat.css", "/page.json", "/healthz", "/favicon.ico"})
 # Names by which a server on the loopback is asked; another one is a web page that a stranger made point here.
@@ -104,6 +107,46 @@ class Guard:
             return message
 
         return limited
+
+
+def patient_protocol(seconds: float = PATIENCE) -> type[asyncio.Protocol]:
+    """The protocol of uvicorn with an end to its patience: a connection whose request does not become whole is closed.
+
+    By itself it waits for ever, so that half a header on each of a few hundred connections locks all others out.
+
+    Args:
+        seconds: from a connection's beginning, or a further request's first byte, to the request's last.
+    """
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class PatientProtocol(AutoHTTPProtocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._begin()
+
+        def data_received(self, data: bytes) -> None:
+            self._begin()
+            super().data_received(data)
+            # A cycle that has ended is the request's before.
+            if self.cycle and not (self.cycle.more_body or self.cycle.response_complete):
+                self._end()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end()
+            super().connection_lost(exc)
+
+        def _begin(self) -> None:
+            if not self._deadline:
+                self._deadline = self.loop.call_later(seconds, self.transport.close)
+
+        def _end(self) -> None:
+            if self._deadline:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return PatientProtocol
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
