@@ -13,6 +13,7 @@ model 是 medical（自动选择场景）或 medical:场景；思考在 reasonin
 """
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,9 @@ def listen(settings: ServeSettings) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A port that was left a moment ago may be taken again; on Windows that option would share one that is in use.
+    reuse = "SO_REUSEADDR" if os.name == "posix" else "SO_EXCLUSIVEADDRUSE"
+    listener.setsockopt(socket.SOL_SOCKET, getattr(socket, reuse), 1)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:

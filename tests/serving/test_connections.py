@@ -13,6 +13,7 @@ import uvicorn
 
 import serve
 from qwenmed import web_guard
+from qwenmed.settings import ServeSettings
 
 PATIENCE = 0.5
 REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n"
@@ -86,3 +87,27 @@ def test_server_may_open_more_files_than_a_shell_lets_it():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(serve.MOST_FILES, limit[1]), limit[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+class Asked:
+    """A socket that only keeps the options that it was given."""
+
+    def __init__(self, family, kind):
+        self.options = []
+
+    def setsockopt(self, level, option, value):
+        self.options.append((level, option, value))
+
+    def bind(self, address):
+        pass
+
+
+@pytest.mark.parametrize(("system", "option"), [("posix", socket.SO_REUSEADDR), ("nt", -5)])
+def test_port_is_never_shared_with_another_server(monkeypatch, system, option):
+    # On Windows SO_REUSEADDR would let two servers listen on one port.
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "name", system)
+        patched.setattr(socket, "SO_EXCLUSIVEADDRUSE", -5, raising=False)
+        patched.setattr(socket, "socket", Asked)
+        listener = serve.listen(ServeSettings())
+    assert listener.options == [(socket.SOL_SOCKET, option, 1)]
