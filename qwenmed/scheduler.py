@@ -148,12 +148,13 @@ class Scheduler:
             self._collect(waiting, block=not running.rows and not waiting)
             try:
                 running.drop([row for row, ticket in self._serving.items() if ticket.cancelled])
-                self._serving = {row: self._serving[row] for row in running.rows}
                 if arriving := self._arriving(running.rows, waiting):
                     self._serving |= {_row(ticket): ticket for ticket in arriving}
                     running.add([_row(ticket) for ticket in arriving])
                 for row, token in running.choose() if running.rows else []:
                     self._serving[row].events.put(token)
+                # Before the next questions are waited for: those that have ended are active no more.
+                self._serving = {row: self._serving[row] for row in running.rows}
                 running.advance()
             except Exception as error:  # whoever waits must not wait for ever
                 self._fail(error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -129,6 +130,16 @@ def test_scheduler_says_what_the_engine_says_alone_with_samplings_side_by_side(e
         assert found[number] == wanted[number]
     sampled = dataclasses.replace(prompts[3], sampling=Sampling(temperature=1.0, seed=3))
     assert found[3] == list(engine.stream(sampled))[-1]
+
+
+def test_nothing_is_active_after_the_last_answer(engine):
+    scheduler = Scheduler(engine, 4)
+    list(scheduler.stream(Prompt(chat.user_messages("头痛", None), 4), Ticket()))
+    until = time.monotonic() + 5
+    while scheduler.active and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.active == 0
+    scheduler.close()
 
 
 def test_failing_engine_tells_everybody_and_goes_on(engine, trained):
