@@ -12,6 +12,8 @@ model 是 medical（自动选择场景）或 medical:场景；思考在 reasonin
 需要 pip install -e '.[serve]'。部署、限度与实测见 docs/serving.md。
 """
 
+import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from qwenmed.engine import Engine
     from qwenmed.scheduler import Caller
 
+# Open files that the server asks the system for: each connection is one.
+MOST_FILES = 65_536
 # How long running answers may take after SIGTERM, in seconds.
 GRACE = 30
 KEY_LENGTH = 16
@@ -100,7 +104,9 @@ def listen(settings: ServeSettings) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A port that was left a moment ago may be taken again; on Windows that option would share one that is in use.
+    reuse = "SO_REUSEADDR" if os.name == "posix" else "SO_EXCLUSIVEADDRUSE"
+    listener.setsockopt(socket.SOL_SOCKET, getattr(socket, reuse), 1)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
@@ -134,11 +140,10 @@ def build_service(settings: ServeSettings, engine_settings: EngineSettings) -> "
             engine=cast("Engine", caller),  # one question: `generate` is not asked for
             think_budget=budget if asked.think_budget is None else asked.think_budget,
         )
-        assistant.history = [
-            conversation.earlier_turn(question, shown, suggest_scenario(question).scenario, caller.notice)
-            for question, shown in asked.turns
-        ]
-        question = asked.messages[-1].text.strip()
+        assistant.history = conversation.earlier_turns(
+            asked.turns, lambda question: suggest_scenario(question).scenario, caller.notice
+        )
+        question = asked.question
         limit = min(asked.limit or settings.max_tokens, settings.max_tokens)
         if settings.log_content:
             cli.note(f"问（{scenario}）：{question}")
@@ -171,6 +176,19 @@ def summary(reply: AssistantReply) -> dict[str, Any]:
     return {**told, "reasons": list(reply.reasons), "cautions": list(reply.cautions)}
 
 
+def allow_connections() -> None:
+    """Raise the limit of open files as far as the system lets a user; a shell's is often a few hundred."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if wanted > soft != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(settings: ServeSettings, keys: list[str], service: "Service", listener: socket.socket) -> None:
     """Serve; a signal ends it when the running answers have ended, at most half a minute later."""
     import uvicorn
@@ -179,8 +197,10 @@ def serve(settings: ServeSettings, keys: list[str], service: "Service", listener
     from qwenmed.api import build_app
 
     hosts = (*web_guard.LOOPBACK, settings.host) if settings.is_loopback else ()
+    allow_connections()
     config = uvicorn.Config(
         web_guard.Guard(build_app(service), keys, hosts),
+        http=web_guard.patient_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,

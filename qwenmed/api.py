@@ -22,13 +22,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from qwenmed import cli
+from qwenmed import cli, triage
 from qwenmed.api_types import ChatRequest, ErrorBody
 from qwenmed.engine import Generation, Sampling
+from qwenmed.engine_openai import ServerError
 from qwenmed.errors import UserError
 from qwenmed.jobs import END, Full, Gate, Job
 from qwenmed.metrics import Metrics
-from qwenmed.scheduler import Caller, Scheduler
+from qwenmed.scheduler import Caller, EngineFailed, Scheduler
 from qwenmed.web_guard import error_body, error_kind
 
 PAGE = Path(__file__).parent / "chat_page"
@@ -95,7 +96,7 @@ def _add_page(app: FastAPI, service: Service) -> None:
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    errors = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 504)}
+    errors = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 502, 503, 504)}
 
     @app.get("/healthz", tags=["state"])
     def health() -> dict[str, Any]:
@@ -176,33 +177,36 @@ class _Reply:
     async def whole(self, request: Request) -> Response:
         """The answer in one piece; nothing is generated for a client that has gone."""
         self.enter()
-        content, thinking = "", ""
+        content, thinking, warning = "", "", ""
+        failure: HTTPException | None = None
         gone = asyncio.ensure_future(_disconnected(request))
         gone.add_done_callback(lambda done: None if done.cancelled() else self._job.stop())
         outcome = "failed"
         try:
             async for event in self._job.events():
                 self._watch.piece(event.kind)
+                if event.error:
+                    raise event.error
                 if event.kind == "thinking":
                     thinking += event.text
-                elif event.kind == END:
-                    _raise(event.error)
-                else:
+                elif event.kind != END:
+                    warning = warning or (event.text if event.kind == "emergency" else "")
                     content = _appended(content, event.kind, event.text)
             outcome = "ok" if self._generation else "gone"
-        except TimeoutError:
-            outcome = "timeout"
-            raise HTTPException(504, ("timeout", f"{self._service.timeout:g} 秒之内没有答完", None)) from None
+        except Exception as error:
+            outcome, failure = self._failure(error)
+            if not warning:
+                raise failure from None
         finally:
             gone.cancel()
             self._leave(outcome)
+        if failure:  # an emergency's fixed text needs no model, and a client might not show an error
+            medical = {"urgency": triage.EMERGENCY, "error": failure.detail[1]}
+            return self._completion(triage.close_answer(warning), "", "stop", {"medical": medical})
         if not self._generation:
             return Response(status_code=499)  # nobody reads it
-        message = {"role": "assistant", "content": content, "reasoning_content": thinking or None}
-        choice = {"index": 0, "message": message, "finish_reason": self._finish_reason, "logprobs": None}
-        return JSONResponse(
-            {**self._head("chat.completion"), "choices": [choice], "usage": self._usage, "medical": self._medical}
-        )
+        more = {"usage": self._usage, "medical": self._medical}
+        return self._completion(content, thinking, self._finish_reason, more)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
@@ -211,13 +215,13 @@ class _Reply:
             yield self._event({"role": "assistant", "content": ""})
             async for event in self._job.events():
                 self._watch.piece(event.kind)
-                if event.kind == END:
-                    _raise(event.error)
-                elif event.kind == "thinking":
+                if event.error:
+                    raise event.error
+                if event.kind == "thinking":
                     yield self._event({"reasoning_content": event.text})
                 elif event.kind == "scenario":
                     yield self._event({}, medical={"scenario": event.text})
-                else:
+                elif event.kind != END:
                     grown = _appended(content, event.kind, event.text)
                     medical = {"urgency": "emergency"} if event.kind == "emergency" else None
                     yield self._event({"content": grown[len(content) :]}, medical=medical)
@@ -228,17 +232,10 @@ class _Reply:
                     yield _sse({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage})
                 yield b"data: [DONE]\n\n"
                 outcome = "ok"
-        except TimeoutError:
-            outcome = "timeout"
-            yield _sse(error_body(f"{self._service.timeout:g} 秒之内没有答完", "server_error", "timeout"))
-        except HTTPException as error:
-            outcome = "failed"
-            code, words, param = error.detail
-            yield _sse(error_body(words, error_kind(error.status_code), code, param))
         except Exception as error:  # the status is sent already; the client must still learn of it
-            outcome = "failed"
-            cli.note(f"出错：{type(error).__name__}")
-            yield _sse(error_body("服务器内部错误", "server_error", "internal_error"))
+            outcome, failure = self._failure(error)
+            code, words, param = failure.detail
+            yield _sse(error_body(words, error_kind(failure.status_code), code, param))
         finally:
             self._leave(outcome)
 
@@ -246,6 +243,28 @@ class _Reply:
         self._job.stop()
         self._inside.close()
         self._watch.done(outcome, self._generation)
+
+    def _failure(self, error: Exception) -> tuple[str, HTTPException]:
+        """What ended an answer: its outcome, and what the client is told; stderr has what is not the question's fault."""
+        if isinstance(error, TimeoutError):
+            return "timeout", HTTPException(504, ("timeout", f"{self._service.timeout:g} 秒之内没有答完", None))
+        if isinstance(error, ServerError):
+            cli.note(f"出错：{error}")
+            return "failed", HTTPException(502, ("upstream_failed", "生成回答的服务器出错，请稍后再试", None))
+        if isinstance(error, EngineFailed):
+            cli.note(f"出错：{error}")
+            return "failed", HTTPException(503, ("engine_failed", str(error), None))
+        if isinstance(error, UserError):
+            # Where it happened is for the operator: an address, a file.
+            told = UserError(error.what, None, error.remedy)
+            return "failed", HTTPException(400, ("invalid_request", str(told), None))
+        cli.note(f"出错：{type(error).__name__}")
+        return "failed", HTTPException(500, ("internal_error", "服务器内部错误", None))
+
+    def _completion(self, content: str, thinking: str, finish_reason: str, more: dict[str, Any]) -> JSONResponse:
+        message = {"role": "assistant", "content": content, "reasoning_content": thinking or None}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+        return JSONResponse({**self._head("chat.completion"), "choices": [choice], **more})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._asked.model}
@@ -288,14 +307,6 @@ def _appended(content: str, kind: str, text: str) -> str:
     if kind == "emergency":
         return f"{text}\n\n"
     return content + text
-
-
-def _raise(error: Exception | None) -> None:
-    """What ended an answer, as an HTTP error; a bug of ours stays one."""
-    if isinstance(error, UserError):
-        raise HTTPException(400, ("invalid_request", str(error), None))
-    if error is not None:
-        raise error
 
 
 async def _disconnected(request: Request) -> None:

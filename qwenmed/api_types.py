@@ -103,15 +103,26 @@ class ChatRequest(BaseModel):
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """Earlier questions with their answers; what has no partner is left out."""
-        found, question = [], None
-        for message in self.messages[:-1]:
-            if message.role == "user":
-                question = message.text.strip()
-            elif message.role == "assistant" and question:
-                found.append((question, message.text.strip()))
-                question = None
-        return found
+        """Earlier questions with their answers; an answer without a question is left out."""
+        return self._divided[0]
+
+    @property
+    def question(self) -> str:
+        """What is asked now: all that the user has said since the last answer."""
+        return self._divided[1]
+
+    @property
+    def _divided(self) -> tuple[list[tuple[str, str]], str]:
+        """The conversation; messages of a user that follow one another are one question, for signs come one by one."""
+        turns, waiting = [], []
+        for message in self.messages:
+            text = message.text.strip()
+            if message.role == "user" and text:
+                waiting.append(text)
+            elif message.role == "assistant" and waiting:
+                turns.append(("\n".join(waiting), text))
+                waiting = []
+        return turns, "\n".join(waiting)
 
 
 class ErrorDetail(BaseModel):

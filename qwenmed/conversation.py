@@ -4,8 +4,9 @@ Earlier turns go in without their thinking, as Qwen3's template prescribes; when
 leave, the oldest first. A saved conversation is JSON that only its owner can read.
 """
 
+import bisect
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,30 +37,49 @@ def prompt_messages(
         for reply in history
         if reply.said
     ]
-    context = engine.context_length
-    for left_out in range(len(turns) + 1):
-        messages = chat.user_messages(question, system, [message for turn in turns[left_out:] for message in turn])
-        tokens = engine.count_tokens(messages) if context else None
-        if tokens is None or context is None or left_out == len(turns) or tokens + max_tokens <= context:
-            return messages, left_out
-        if not truncate:
-            what = f"对话连同问题有 {tokens} 个 token，加上回答的 {max_tokens} 个超过上下文的 {context} 个"
-            raise UserError(what, None, "请开始新的对话，减小 -m，或去掉 --no-truncate-history")
-    raise AssertionError("the loop returns without turns at the latest")
+
+    def prompt(left_out: int) -> list[dict[str, str]]:
+        return chat.user_messages(question, system, [message for turn in turns[left_out:] for message in turn])
+
+    context, messages = engine.context_length, prompt(0)
+    tokens = engine.count_tokens(messages) if context and turns else None
+    if tokens is None or context is None or tokens + max_tokens <= context:
+        return messages, 0
+    if not truncate:
+        what = f"对话连同问题有 {tokens} 个 token，加上回答的 {max_tokens} 个超过上下文的 {context} 个"
+        raise UserError(what, None, "请开始新的对话，减小 -m，或去掉 --no-truncate-history")
+    room = context - max_tokens
+
+    def fits(left_out: int) -> bool:
+        return (engine.count_tokens(prompt(left_out)) or 0) <= room
+
+    # Each count renders and tokenises the whole prompt, and a prompt with a turn less is shorter: halve, don't walk.
+    left_out = 1 + bisect.bisect_left(range(1, len(turns)), True, key=fits)
+    return prompt(left_out), left_out
 
 
-def earlier_turn(question: str, shown: str, scenario: str, notice: str = "") -> AssistantReply:
-    """A turn that only its texts are left of: what a client that keeps the conversation sends back.
+def earlier_turns(
+    turns: Sequence[tuple[str, str]], scenario_of: Callable[[str], str], notice: str = ""
+) -> list[AssistantReply]:
+    """Turns that only their texts are left of: what a client that keeps the conversation sends back.
 
     Args:
-        shown: the answer as it was shown, fixed texts included.
+        turns: the questions, and the answers as they were shown, fixed texts included.
+        scenario_of: the scenario of a question.
         notice: the model's.
     """
-    urgency = triage.assess(question)
-    said = triage.models_words(shown, question, notice)
-    return AssistantReply(
-        question, scenario, urgency.level, urgency.reasons, "", shown, said, (), "stop", 0, 0, 0, 0.0, ""
-    )
+    replies: list[AssistantReply] = []
+    for question, shown in turns:
+        before = replies[-1] if replies and replies[-1].urgency != triage.EMERGENCY else None
+        urgency = triage.assess_conversation(question, before.question if before else None)
+        said = triage.models_words(shown, notice)
+        scenario = scenario_of(question)
+        replies.append(
+            AssistantReply(
+                question, scenario, urgency.level, urgency.reasons, "", shown, said, (), "stop", 0, 0, 0, 0.0, ""
+            )
+        )
+    return replies
 
 
 def save(path: Path, history: Sequence[AssistantReply]) -> None:

@@ -32,6 +32,10 @@ class Cancelled(Exception):
     """The caller has gone; nobody waits for the rest."""
 
 
+class EngineFailed(UserError):
+    """The engine, not the question, is at fault; asking again may help."""
+
+
 class Ticket:
     """One caller's place: the tokens that come for it, and whether it still wants them.
 
@@ -82,7 +86,7 @@ class Scheduler:
         """The reply's chunks as they come and then its `Generation`, as `Engine.stream`.
 
         Raises:
-            UserError: the question does not fit, or the engine failed.
+            UserError: the question does not fit, or the engine failed (an `EngineFailed`).
             Cancelled: the ticket was given up.
         """
         return self._batched(prompt, ticket) if self._batching else self._by_itself(prompt, ticket)
@@ -93,7 +97,7 @@ class Scheduler:
         return cast("TransformersEngine", self.engine)
 
     def close(self) -> None:
-        """End the decoding; those who still wait get a `UserError`."""
+        """End the decoding; those who still wait get an `EngineFailed`."""
         self._closed = True
         self._inbox.put(None)
         if self._thread.is_alive():
@@ -144,18 +148,19 @@ class Scheduler:
             self._collect(waiting, block=not running.rows and not waiting)
             try:
                 running.drop([row for row, ticket in self._serving.items() if ticket.cancelled])
-                self._serving = {row: self._serving[row] for row in running.rows}
                 if arriving := self._arriving(running.rows, waiting):
                     self._serving |= {_row(ticket): ticket for ticket in arriving}
                     running.add([_row(ticket) for ticket in arriving])
                 for row, token in running.choose() if running.rows else []:
                     self._serving[row].events.put(token)
+                # Before the next questions are waited for: those that have ended are active no more.
+                self._serving = {row: self._serving[row] for row in running.rows}
                 running.advance()
             except Exception as error:  # whoever waits must not wait for ever
                 self._fail(error)
                 running.clear()
         for ticket in [*waiting, *self._serving.values()]:
-            ticket.events.put(UserError("服务正在关闭", None, "请稍后再试"))
+            ticket.events.put(EngineFailed("服务正在关闭", None, "请稍后再试"))
 
     def _collect(self, waiting: list[Ticket], block: bool) -> None:
         """Take what has come in; with nothing to do, wait for it."""
@@ -179,9 +184,9 @@ class Scheduler:
     def _fail(self, error: Exception) -> None:
         from qwenmed.engine_transformers import is_out_of_memory, out_of_memory
 
-        told = out_of_memory() if is_out_of_memory(error) else UserError(f"生成失败：{type(error).__name__}")
+        words = str(out_of_memory()) if is_out_of_memory(error) else f"生成失败：{type(error).__name__}"
         for ticket in self._serving.values():
-            ticket.events.put(told)
+            ticket.events.put(EngineFailed(words))
         self._serving = {}
         self._model.forget_prefixes()
 

@@ -339,11 +339,19 @@ def close_answer(answer: str, notice: str = "", urgency: Urgency = Urgency(ROUTI
     return "\n\n".join(part for part in (emergency_text(urgency), body, today, helpline, notice, DISCLAIMER) if part)
 
 
-def models_words(shown: str, question: str, notice: str = "") -> str:
+# `NO_ANSWER` as it comes back, whatever the limit was.
+_NO_ANSWER = re.compile("[0-9]+".join(map(re.escape, NO_ANSWER.split("{limit}"))))
+
+
+def models_words(shown: str, notice: str = "") -> str:
     """What the model itself said in an answer that `close_answer` and `check_answer` have made.
 
     A client that keeps a conversation sends the whole answer back; the fixed texts in it are none of the model's.
     """
-    fixed = {SEE_A_DOCTOR_TODAY, HELPLINE, DISCLAIMER, notice, *_CAUTIONS.values()}
-    own = shown.strip().removeprefix(emergency_text(assess(question))).split("\n\n")
-    return "\n\n".join(part for part in own if part.strip() not in fixed).strip()
+    fixed = {SEE_A_DOCTOR_TODAY, HELPLINE, DISCLAIMER, EMPTY_ANSWER, notice, *_CAUTIONS.values()}
+
+    def is_own(part: str) -> bool:
+        # An emergency's text by its mark: which one it was may depend on more than the question.
+        return part not in fixed and not part.startswith(EMERGENCY_MARK) and not _NO_ANSWER.fullmatch(part)
+
+    return "\n\n".join(part for part in shown.split("\n\n") if is_own(part.strip())).strip()

@@ -1,8 +1,9 @@
-"""What stands before every request of the server: keys, hosts, sizes, and the headers of every answer.
+"""What stands before every request of the server: keys, hosts, sizes, the headers of every answer, and its patience.
 
 Plain ASGI, so that a stream is passed through piece by piece. Errors have OpenAI's form.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -11,6 +12,8 @@ from typing import Any
 
 # Bytes of a request.
 LARGEST_BODY = 1_000_000
+# Seconds that a request may take to become whole.
+PATIENCE = 30.0
 # What may be asked without a key: the page itself (it asks for the key), and whether the server is alive.
 OPEN_PATHS = frozenset({"/", "/chat.js", "/chat.css", "/page.json", "/healthz", "/favicon.ico"})
 # Names by which a server on the loopback is asked; another one is a web page that a stranger made point here.
@@ -51,6 +54,7 @@ class Guard:
         largest_body: int = LARGEST_BODY,
     ) -> None:
         self._app, self._hosts, self._largest = app, frozenset(hosts), largest_body
+        self._too_large = "request_too_large", f"请求超过 {largest_body:,} 字节"
         # Of equal length, so that the comparison takes the same time whatever is sent.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
@@ -77,7 +81,7 @@ class Guard:
         if length and not (length.isascii() and length.isdigit()):
             return 400, "invalid_request", "Content-Length 不是数字"
         if length and int(length) > self._largest:
-            return 413, "request_too_large", f"请求超过 {self._largest:,} 字节"
+            return 413, *self._too_large
         return None
 
     def _has_key(self, authorization: str) -> bool:
@@ -88,18 +92,61 @@ class Guard:
         return scheme.lower() == "bearer" and any(matches)
 
     def _limited(self, receive: Receive) -> Receive:
-        """The body, cut off where it outgrows its limit though its length was not told."""
+        """The body, refused where it outgrows its limit though its length was not told."""
+        from starlette.exceptions import HTTPException
+
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._largest:
-                return {"type": "http.request", "body": b"", "more_body": False}
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._largest:  # the application answers what a middleware raises
+                    raise HTTPException(413, (*self._too_large, None))
             return message
 
         return limited
+
+
+def patient_protocol(seconds: float = PATIENCE) -> type[asyncio.Protocol]:
+    """The protocol of uvicorn with an end to its patience: a connection whose request does not become whole is closed.
+
+    By itself it waits for ever, so that half a header on each of a few hundred connections locks all others out.
+
+    Args:
+        seconds: from a connection's beginning, or a further request's first byte, to the request's last.
+    """
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class PatientProtocol(AutoHTTPProtocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._begin()
+
+        def data_received(self, data: bytes) -> None:
+            self._begin()
+            super().data_received(data)
+            # A cycle that has ended is the request's before.
+            if self.cycle and not (self.cycle.more_body or self.cycle.response_complete):
+                self._end()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end()
+            super().connection_lost(exc)
+
+        def _begin(self) -> None:
+            if not self._deadline:
+                self._deadline = self.loop.call_later(seconds, self.transport.close)
+
+        def _end(self) -> None:
+            if self._deadline:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return PatientProtocol
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:

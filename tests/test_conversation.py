@@ -12,7 +12,7 @@ from fakes import Instant
 
 from medical_assistant import MedicalAssistant, suggest_scenario
 from prompts import MEDICAL_PROMPTS, MEDICAL_SCENARIOS, SAMPLE_QUESTIONS
-from qwenmed import terminal
+from qwenmed import chat, conversation, terminal
 from qwenmed.errors import UserError
 
 
@@ -43,6 +43,39 @@ def test_whole_turns_leave_when_the_context_fills_and_that_is_told(talk, capsys)
     contents = [message["content"] for message in last_messages(talk)]
     assert contents[1][0] == "3" and len(contents) == 4
     assert "没有发送最早的 3 轮" in capsys.readouterr().err
+
+
+class Counting(Instant):
+    """Counts how often it is asked to count."""
+
+    counted = 0
+
+    def count_tokens(self, messages):
+        self.counted += 1
+        return super().count_tokens(messages)
+
+
+def test_long_conversation_is_counted_a_few_times_and_keeps_all_that_fits():
+    turns = conversation.earlier_turns([(f"{i:03}" * 50, "多休息。") for i in range(99)], lambda question: "diagnosis")
+    for number, room in ((0, 4096), (1, 10), (1, 4096), (2, 3900), (99, 10), (99, 2048), (99, 3900), (99, 4096)):
+        engine = Counting()
+        found = conversation.prompt_messages("短？", "", turns[:number], engine, room, True)
+        assert engine.counted <= 8 and found == left_out_one_by_one("短？", turns[:number], engine, room)
+
+
+def left_out_one_by_one(question, turns, engine, max_tokens):
+    """The prompt and the turns left out, found the long way."""
+    for left_out in range(len(turns) + 1):
+        earlier = [(reply.question, reply.said) for reply in turns[left_out:]]
+        said = [
+            {"role": role, "content": text}
+            for turn in earlier
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        messages = chat.user_messages(question, "", said)
+        if engine.count_tokens(messages) + max_tokens <= engine.context_length:
+            break
+    return messages, left_out
 
 
 def test_full_context_is_an_error_with_the_numbers_where_no_turn_may_leave():

@@ -2,12 +2,13 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenmed import chat, checkpoints, triage
+from qwenmed import chat, checkpoints, conversation, triage
 from qwenmed.api_types import ChatRequest
 from qwenmed.engine import Generation, Prompt, Sampling
 from qwenmed.scheduler import Caller, Cancelled, Scheduler, Ticket, _StopFinder
@@ -44,6 +45,23 @@ def test_any_conversation_falls_into_turns(earlier, question):
     request = ChatRequest(messages=[*earlier, {"role": "user", "content": question}])
     assert all(asked for asked, _ in request.turns)
     assert len(request.turns) <= sum(each["role"] == "assistant" for each in earlier)
+    heard = "\n".join([*(asked for asked, _ in request.turns), request.question])
+    asked = [
+        each["content"].strip() for each in [*earlier, {"role": "user", "content": question}] if each["role"] == "user"
+    ]
+    assert heard == "\n".join(filter(None, asked))
+
+
+def test_messages_that_follow_one_another_are_one_question():
+    def message(role, content):
+        return {"role": role, "content": content}
+
+    earlier = [message("user", "胸口疼"), message("user", "出了一身冷汗"), message("assistant", "请坐下。")]
+    request = ChatRequest(
+        messages=[*earlier, message("user", "还要"), message("system", "简短"), message("user", "多久？")]
+    )
+    assert request.turns == [("胸口疼\n出了一身冷汗", "请坐下。")] and request.question == "还要\n多久？"
+    assert triage.assess(ChatRequest(messages=earlier[:2]).question).level == triage.EMERGENCY
 
 
 def test_fixed_texts_are_taken_off_an_answer_that_comes_back():
@@ -55,7 +73,31 @@ def test_fixed_texts_are_taken_off_an_answer_that_comes_back():
         urgency = triage.assess(question)
         checked = triage.check_answer(said, question, urgency)
         shown = triage.close_answer(checked.text, "【演示】", urgency)
-        assert triage.models_words(shown, question, "【演示】") == said != shown
+        assert triage.models_words(shown, "【演示】") == said != shown
+
+
+@pytest.mark.parametrize("is_crisis", [False, True])
+def test_every_emergency_text_is_taken_off_whatever_it_was_found_in(is_crisis):
+    for advice in triage._advice():
+        urgency = triage.Urgency(triage.EMERGENCY, (), advice, is_crisis)
+        shown = triage.close_answer("请坐下。\n\n不要走动。", "", urgency)
+        assert triage.models_words(shown) == "请坐下。\n\n不要走动。"
+
+
+@pytest.mark.parametrize("text", [triage.NO_ANSWER.format(limit=2048), triage.EMPTY_ANSWER])
+def test_word_that_there_is_no_answer_is_not_the_models(text):
+    for question in (EMERGENCY, "头痛"):
+        assert triage.models_words(triage.close_answer(text, "", triage.assess(question))) == ""
+
+
+def test_earlier_turns_are_read_with_the_one_before_as_when_they_were_asked():
+    turns = [("胸口疼", "多久了？"), ("出了一身冷汗", "请坐下。"), ("心里害怕", "深呼吸。")]
+    earlier = conversation.earlier_turns(turns, lambda question: "diagnosis", "")
+    assert [(reply.question, reply.said) for reply in earlier] == turns
+    assert earlier[1].urgency == triage.EMERGENCY and earlier[1].reasons
+    # What follows an emergency is read alone, as it was when it was asked.
+    assert earlier[0].urgency != triage.EMERGENCY != earlier[2].urgency
+    assert earlier[2].urgency == triage.assess("心里害怕").level
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +130,16 @@ def test_scheduler_says_what_the_engine_says_alone_with_samplings_side_by_side(e
         assert found[number] == wanted[number]
     sampled = dataclasses.replace(prompts[3], sampling=Sampling(temperature=1.0, seed=3))
     assert found[3] == list(engine.stream(sampled))[-1]
+
+
+def test_nothing_is_active_after_the_last_answer(engine):
+    scheduler = Scheduler(engine, 4)
+    list(scheduler.stream(Prompt(chat.user_messages("头痛", None), 4), Ticket()))
+    until = time.monotonic() + 5
+    while scheduler.active and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.active == 0
+    scheduler.close()
 
 
 def test_failing_engine_tells_everybody_and_goes_on(engine, trained):

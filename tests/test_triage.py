@@ -135,7 +135,7 @@ def test_doubted_rule_of_self_harm_keeps_the_helpline():
 def test_helpline_stands_once_below_an_answer_and_is_not_the_models_words():
     shown = triage.close_answer("睡不好可以先调整作息。", urgency=Urgency(URGENT, ("",), is_crisis=True))
     assert shown.count("12356") == 1 and shown.endswith(triage.DISCLAIMER)
-    assert triage.models_words(shown, "最近睡不好") == "睡不好可以先调整作息。"
+    assert triage.models_words(shown) == "睡不好可以先调整作息。"
     assert "12356" not in triage.close_answer("多喝水。", urgency=Urgency(URGENT, ("",)))
 
 

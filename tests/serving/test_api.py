@@ -139,7 +139,7 @@ def test_conversation_goes_on_and_the_fixed_texts_do_not_come_back_to_the_model(
     alone = client.chat.completions.create(**following).usage.prompt_tokens
     both = client.chat.completions.create(**{**following, "messages": [*earlier, *following["messages"]]})
     folder = checkpoints.find(str(trained.run)).path
-    own = question + triage.models_words(first, question, checkpoints.describe(folder).notice)
+    own = question + triage.models_words(first, checkpoints.describe(folder).notice)
     tokens = len(checkpoints.load_tokenizer(folder)(own)["input_ids"])
     # Two turns' marks, and nothing of the disclaimer and the model's notice.
     assert tokens <= both.usage.prompt_tokens - alone < tokens + 20
@@ -261,6 +261,22 @@ def test_large_bodies_are_refused_told_or_not(address):
     assert httpx.post(url, content=body, headers=headers).status_code == 413
     chunks = (body[start : start + 50_000] for start in range(0, len(body), 50_000))
     assert httpx.post(url, content=chunks, headers=headers).status_code in (400, 413)
+
+
+def test_body_that_outgrows_its_limit_is_refused_and_its_client_gone_does_not_hold_the_server(address):
+    body = json.dumps(asked("随便说说", stream=True, max_tokens=2000, temperature=1.9, seed=3)).encode()
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        # A whole question, and then blanks.
+        for piece in (body, *[b" " * 50_000] * 24):
+            client.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        status = client.recv(1000).split(b"\r\n")[0]
+    assert httpx.get(f"{address}/healthz", timeout=2).status_code == 200
+    assert b" 413 " in status
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------
