@@ -116,14 +116,16 @@ class TransformersEngine:
                 if arriving := self._arriving(queue, running.rows, size):
                     running.add(arriving)
                 taken = running.choose()
-                queue.done |= {row.number: row.generation(self._parse(row)) for row, _ in taken if row.ended}
+                queue.done |= self._ended(row for row, _ in taken)
                 running.advance()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 size = max(1, size // 2)
-                lost = running.clear()
-                if len(lost) == 1:
+                cleared = running.clear()
+                queue.done |= self._ended(cleared)
+                lost = [row for row in cleared if not row.ended]
+                if len(cleared) == len(lost) == 1:
                     queue.done[lost[0].number] = out_of_memory()
                 else:
                     queue.waiting = [row.again(self) for row in lost] + queue.waiting
@@ -157,6 +159,10 @@ class TransformersEngine:
             self._stop_ids,
             state="no thinking" if row.prompt.think_budget == 0 else _state(row.ids, self._tags),
         )
+
+    def _ended(self, rows: Iterable[Row]) -> dict[int, Generation]:
+        """The finished replies among these rows, by the number of their prompt."""
+        return {row.number: row.generation(self._parse(row)) for row in rows if row.ended}
 
     def _parse(self, row: Row) -> chat.Reply:
         text = chat.TokenText(self.tokenizer)

@@ -302,6 +302,17 @@ def test_failed_rows_are_tried_again_and_others_are_not(tmp_path):
     assert len(engine.asked) == 10 and not any("error" in row for row in results(tmp_path))
 
 
+def test_engine_that_loses_rows_ends_in_an_error_and_keeps_those_that_came(tmp_path):
+    class Losing(Instant):
+        def generate(self, prompts):
+            yield next(super().generate(prompts))
+
+    with pytest.raises(UserError, match=r"20 题.*1 题.*a\.jsonl.*--resume"):
+        ask(tmp_path, QUESTIONS, engine=Losing())
+    assert not (tmp_path / "a.jsonl").exists() and len(results(tmp_path, "a.jsonl.partial")) == 1
+    assert ask(tmp_path, QUESTIONS, resume=True) == 0
+
+
 def test_same_question_twice_keeps_both_rows(tmp_path):
     rows = [
         {"question": "头痛？"},

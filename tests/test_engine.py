@@ -233,6 +233,24 @@ def test_running_out_of_memory_halves_the_batch_and_loses_no_row(model, tokenize
     assert list(engine.generate(asked)) == list(wide.generate(asked)) and narrow.widest == 2
 
 
+@pytest.mark.parametrize("place", ["Batch.keep", "Batch.join", "GrowingLayer.update"])
+def test_running_out_of_memory_while_rows_come_and_go_loses_no_answer(model, tokenizer, demo_rows, monkeypatch, place):
+    owner, name = place.split(".")
+    owner, calls = getattr(decoding, owner), itertools.count()
+    whole = getattr(owner, name)
+
+    def failing(*arguments, **options):
+        if next(calls) in (1, 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*arguments, **options)
+
+    asked = prompts(demo_rows)
+    wide = list(TransformersEngine(model, tokenizer, Sampling(temperature=0)).generate(asked))
+    monkeypatch.setattr(owner, name, failing)
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0), batch_size=8)
+    assert list(engine.generate(asked)) == wide and next(calls) > 2
+
+
 def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, demo_rows):
     class Full:
         def __getattr__(self, name):
