@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwenmed import chat
 from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling, reply_limit
 from qwenmed.errors import UserError
+from qwenmed.hardware import free_memory, is_out_of_memory
 from qwenmed.running import Row, Running
 from qwenmed.sampler import Sampler
 
@@ -212,7 +213,6 @@ class TransformersEngine:
     def rows_that_fit(self, rows: Sequence[Row]) -> int:
         """How many rows of the longest kind memory has room for; with rows running, what they take counts as free."""
         from qwenmed.decoding import bytes_per_token
-        from qwenmed.hardware import free_memory
 
         per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in rows)
         running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self.model)
@@ -300,13 +300,6 @@ def _state(ids: Sequence[int], tags: tuple[int, int]) -> str:
     """How the prompt leaves the reply: some templates open the thinking themselves."""
     last = next((token for token in reversed(ids[-8:]) if token in tags), None)
     return "thinking" if last == tags[0] else "open"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch's CPU allocator raises a plain RuntimeError for it."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def out_of_memory() -> UserError:

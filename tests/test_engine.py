@@ -266,6 +266,24 @@ def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, d
         list(engine.stream(asked[0]))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB, other allocations: 384.00 KiB)"),
+    ],
+)
+def test_lack_of_memory_is_known_on_every_device_and_system(error):
+    from qwenmed import hardware
+
+    assert hardware.is_out_of_memory(error)
+
+
 def test_a_bug_is_not_taken_for_lack_of_memory(tokenizer):
     class Broken(Parrot):
         def __call__(self, **rest):
