@@ -136,7 +136,7 @@ class TransformersEngine:
         """The rows that join the running ones; a few at a time, for each arrival makes the whole batch be copied."""
         if not queue.waiting:
             return []
-        free = min(size, self.rows_that_fit([*active, *queue.waiting])) - len(active)
+        free = min(size, self.rows_that_fit(active, queue.waiting)) - len(active)
         return queue.take(max(1, free)) if not active or free >= max(1, size // 8) else []
 
     def row(self, number: int, prompt: Prompt) -> Row:
@@ -210,13 +210,13 @@ class TransformersEngine:
         """Free the keys and values of the beginnings that prompts share."""
         self._prefixes.clear()
 
-    def rows_that_fit(self, rows: Sequence[Row]) -> int:
-        """How many rows of the longest kind memory has room for; with rows running, what they take counts as free."""
+    def rows_that_fit(self, running: Sequence[Row], waiting: Sequence[Row]) -> int:
+        """How many rows of the longest kind memory has room for, the running ones among them: theirs counts as free."""
         from qwenmed.decoding import bytes_per_token
 
-        per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in rows)
-        running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self.model)
-        return max(1, int((free_memory(self.model.device) * MEMORY_SHARE + running) / per_row))
+        per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in (*running, *waiting))
+        held = bytes_per_token(self.model) * sum(len(row.ids) + len(row.guide.ids) for row in running)
+        return max(1, int((free_memory(self.model.device) * MEMORY_SHARE + held) / per_row))
 
 
 class _Queue:

@@ -266,6 +266,19 @@ def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, d
         list(engine.stream(asked[0]))
 
 
+def test_rows_that_wait_hold_no_memory_yet(model, tokenizer, demo_rows, monkeypatch):
+    from qwenmed import engine_transformers as module
+
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0))
+    row = engine.row(0, prompts(demo_rows, 1)[0])
+    whole = decoding.bytes_per_token(model) * (len(row.ids) + row.limit)
+    monkeypatch.setattr(module, "free_memory", lambda device: 10 * whole / module.MEMORY_SHARE + 1)
+    assert engine.rows_that_fit([], [row] * 128) == 10
+    read = [row] * 20
+    held = 20 * len(row.ids) / (len(row.ids) + row.limit)
+    assert engine.rows_that_fit(read, []) == engine.rows_that_fit(read, [row] * 128) == int(10 + held)
+
+
 @pytest.mark.parametrize(
     "error",
     [
