@@ -158,7 +158,25 @@ def _open_transformers(settings: EngineSettings, together: int) -> Engine:
     cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}（{device.type}）")
     dtype = generation_dtype(settings, device, checkpoint, together)
     model, tokenizer = checkpoints.load(checkpoint, dtype)
-    return engine_of(settings, checkpoint, model.to(device), tokenizer)
+    return engine_of(settings, checkpoint, moved(model, device, checkpoint.path), tokenizer)
+
+
+def moved(model: "PreTrainedModel", device: "torch.device", path: Path) -> "PreTrainedModel":
+    """The model on its device.
+
+    Args:
+        path: where it came from, for the message.
+
+    Raises:
+        UserError: the device has no room for it.
+    """
+    try:
+        return model.to(device)
+    except Exception as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        remedy = "请关掉占用显存的其他程序，换小一些的模型，或用 --device cpu"
+        raise UserError(f"设备 {device.type} 的内存放不下这个模型", path, remedy) from error
 
 
 def engine_of(

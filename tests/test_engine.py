@@ -279,6 +279,19 @@ def test_rows_that_wait_hold_no_memory_yet(model, tokenizer, demo_rows, monkeypa
     assert engine.rows_that_fit(read, []) == engine.rows_that_fit(read, [row] * 128) == int(10 + held)
 
 
+def test_model_that_fits_into_no_memory_is_one_line_with_a_way_out(demo_model, monkeypatch):
+    from transformers import Qwen3ForCausalLM
+
+    from qwenmed import engines
+
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "to", full)
+    with pytest.raises(UserError, match="放不下这个模型.*--device cpu"):
+        engines.open_engine(engines.EngineSettings(checkpoint=str(demo_model), device="cpu"))
+
+
 @pytest.mark.parametrize(
     "error",
     [
