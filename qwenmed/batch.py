@@ -154,9 +154,10 @@ def results_file(path: Path, resume: bool) -> Iterator[tuple[IO[str], Answered |
         if resume:
             _collect(partial, collected)
             answered = Answered([each for each in (path, collected) if each.exists()])
-            stack.callback(answered.close)
-        with files.growing_file(path) as file:
-            yield file, answered
+        file = stack.enter_context(files.growing_file(path))
+        if answered is not None:
+            stack.callback(answered.close)  # before the renaming: Windows replaces no open file
+        yield file, answered
     collected.unlink(missing_ok=True)
 
 

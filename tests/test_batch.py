@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from fakes import Instant
@@ -311,6 +312,25 @@ def test_engine_that_loses_rows_ends_in_an_error_and_keeps_those_that_came(tmp_p
         ask(tmp_path, QUESTIONS, engine=Losing())
     assert not (tmp_path / "a.jsonl").exists() and len(results(tmp_path, "a.jsonl.partial")) == 1
     assert ask(tmp_path, QUESTIONS, resume=True) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of the open files")
+def test_results_are_renamed_over_no_open_file(tmp_path, monkeypatch):
+    # Windows refuses it.
+    assert ask(tmp_path, QUESTIONS) == 0
+    whole, renamed = Path.replace, []
+
+    def watching(self, target):
+        renamed.append(Path(target).name)
+        assert str(target) not in [
+            str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()
+        ]
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", watching)
+    assert ask(tmp_path, QUESTIONS, resume=True) == 0
+    assert ask(tmp_path, [{"question": "别的？"}], resume=True) == 0
+    assert renamed == ["a.jsonl", "a.jsonl"]
 
 
 def test_same_question_twice_keeps_both_rows(tmp_path):
