@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenmed import files
-from qwenmed.batch import Request, Requests, parse_request
+from qwenmed.batch import Request, Requests, parse_request, results_file
 from qwenmed.errors import UserError
 
 SCENARIOS = {"diagnosis": "症状诊断", "nutrition": "营养指导"}
@@ -312,6 +312,36 @@ def test_engine_that_loses_rows_ends_in_an_error_and_keeps_those_that_came(tmp_p
         ask(tmp_path, QUESTIONS, engine=Losing())
     assert not (tmp_path / "a.jsonl").exists() and len(results(tmp_path, "a.jsonl.partial")) == 1
     assert ask(tmp_path, QUESTIONS, resume=True) == 0
+
+
+def test_second_run_into_the_same_results_is_refused_and_harms_no_row(tmp_path):
+    class Beside(Instant):
+        """While it answers, the same batch is started again."""
+
+        def generate(self, prompts):
+            for number, result in enumerate(super().generate(prompts)):
+                yield result
+                if number == 5:
+                    for resume in (False, True):
+                        with pytest.raises(UserError, match=r"正在写.*a\.jsonl"):
+                            ask(tmp_path, QUESTIONS, resume=resume)
+
+    assert ask(tmp_path, QUESTIONS, engine=Beside()) == 0
+    assert [row["id"] for row in results(tmp_path)] == list(range(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_folder_as_results_file_is_refused_before_any_question_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for resume in (False, True):
+        engine = Instant()
+        with pytest.raises(UserError, match="目录.*folder"):
+            ask(tmp_path, QUESTIONS, "folder", engine=engine, resume=resume)
+        assert engine.asked == []
+        with pytest.raises(UserError, match="目录"), results_file(Path(), resume):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "q.jsonl"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of the open files")
