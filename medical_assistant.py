@@ -310,7 +310,7 @@ def main() -> int:
     requests: Any = Requests(args.batch, MEDICAL_SCENARIOS, scenario, args.max_tokens) if args.batch else []
     if args.triage:
         return commands.classify(
-            requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output
+            requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output, args.redact
         )
     settings = cli.given(args, EngineSettings)
     assistant = MedicalAssistant(
@@ -378,6 +378,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--resume 只用于写到文件的批量（-b 和 -o）")
     if args.triage and not args.batch and args.question is None:
         parser.error("--triage 需要 -q 或 -b")
+    if args.triage and args.resume:
+        parser.error("--triage 和 --resume 不能同时使用；接着做中断的批量请去掉 --triage")
     return args
 
 

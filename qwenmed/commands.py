@@ -6,20 +6,31 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qwenmed import cli, controls, files, terminal, triage
+from qwenmed import cli, controls, files, redact, terminal, triage
 from qwenmed.answers import AssistantReply
-from qwenmed.batch import Request, Requests, results_file
+from qwenmed.batch import Request, Requests, check_results_path, results_file
 from qwenmed.errors import UserError
 
 
-def classify(requests: Iterable[Request], output: Path | None) -> int:
-    """`--triage`: how urgent each question is, by rules and points, without a model; exit status 3 if a row can't be read."""
+def classify(requests: Iterable[Request], output: Path | None, masked: bool = False) -> int:
+    """`--triage`: how urgent each question is, by rules and points, without a model; exit status 3 if a row can't be read.
+
+    Args:
+        output: results as JSONL; None for stdout.
+        masked: whether phone, identity-card and e-mail are masked in what is judged and written.
+
+    Raises:
+        UserError: the results can't be written there.
+    """
     failed = 0
-    with files.growing_file(output) if output else contextlib.nullcontext(sys.stdout) as out:
+    if output:
+        check_results_path(output)
+    with files.whole_file(output) if output else contextlib.nullcontext(sys.stdout) as out:
         for request in requests:
-            urgency = triage.assess(request.question)
+            question = redact.redact(request.question).text if masked else request.question
+            urgency = triage.assess(question)
             failed += request.error is not None
-            row = {"question": request.question, "urgency": urgency.level, "reasons": urgency.reasons}
+            row = {"question": question, "urgency": urgency.level, "reasons": urgency.reasons}
             out.write(controls.json_line({**row, "error": request.error} if request.error else row) + "\n")
     return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import assert_user_error, run_script
 from fakes import Instant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -329,6 +330,27 @@ def test_second_run_into_the_same_results_is_refused_and_harms_no_row(tmp_path):
     assert ask(tmp_path, QUESTIONS, engine=Beside()) == 0
     assert [row["id"] for row in results(tmp_path)] == list(range(20))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_triage_masks_what_the_model_would_not_see_either(tmp_path):
+    question = "我电话13812345678，邮箱a.b@c.com，胸口剧痛，大汗，左胳膊疼"
+    done = run_script("medical_assistant.py", "--triage", "--redact", "-q", question, cwd=tmp_path)
+    row = json.loads(done.out)
+    assert row["question"] == "我电话[手机号]，邮箱[邮箱]，胸口剧痛，大汗，左胳膊疼" and row["urgency"] == "emergency"
+    (tmp_path / "q.jsonl").write_text(files.to_jsonl([{"question": question}]), encoding="utf-8")
+    done = run_script("medical_assistant.py", "--triage", "--redact", "-b", "q.jsonl", "-o", "t.jsonl", cwd=tmp_path)
+    assert done.status == 0 and results(tmp_path, "t.jsonl") == [row], done.err
+
+
+def test_triage_takes_no_interrupted_batch_away(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, QUESTIONS, engine=Dying(7))
+    kept = results(tmp_path, "a.jsonl.partial")
+    triage = ("medical_assistant.py", "--triage", "-b", "q.jsonl", "-o", "a.jsonl")
+    assert_user_error(run_script(*triage, cwd=tmp_path), "没有做完", "a.jsonl.partial")
+    assert_user_error(run_script(*triage, "--resume", cwd=tmp_path), "--triage", "--resume")
+    assert results(tmp_path, "a.jsonl.partial") == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.partial", "q.jsonl"]
 
 
 def test_folder_as_results_file_is_refused_before_any_question_is_asked(tmp_path, monkeypatch):
