@@ -1,6 +1,7 @@
 """How a reply goes on and ends, and many replies decoded together."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,15 @@ def test_seeded_replies_repeat_and_do_not_depend_on_the_rows_beside_them(model, 
     assert together == list(engine.generate(asked)) == [list(engine.stream(prompt))[-1] for prompt in asked]
     other = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, top_p=0.9, seed=8))
     assert list(other.generate(asked)) != together
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38, 1e-6])
+def test_tiny_temperature_is_greedy_and_harms_no_row_beside_it(model, tokenizer, demo_rows, temperature):
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, seed=7))
+    tiny, other = prompts(demo_rows, 2)
+    beside = engine.generate([replace(tiny, sampling=Sampling(temperature=temperature)), other])
+    greedy = replace(tiny, sampling=Sampling(temperature=0))
+    assert list(beside) == [list(engine.stream(greedy))[-1], list(engine.stream(other))[-1]]
 
 
 def test_seed_zero_is_a_seed(model, tokenizer, demo_rows):
