@@ -26,7 +26,7 @@ from qwenmed import chat
 from qwenmed.controls import as_plain_words
 from qwenmed.engine import MODELS_OWN, QWEN3_SAMPLING, Chunk, Generation, Messages, Prompt, Sampling
 from qwenmed.errors import UserError
-from qwenmed.server_reply import Reader
+from qwenmed.server_reply import Reader, whole_characters
 
 # How Qwen3's template is told to leave the thinking out, and how a server to go on with the last message.
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -282,7 +282,7 @@ def _harmless(message: dict[str, str]) -> dict[str, str]:
 def _words(error: Exception) -> str:
     """An error's text on one line; for one that the server told within a stream, what it told."""
     told = getattr(error, "body", None) or error
-    return " ".join(str(told).split())[:200] or type(error).__name__
+    return " ".join(whole_characters(str(told)).split())[:200] or type(error).__name__
 
 
 def _is_done(item: Any) -> bool:

@@ -62,6 +62,32 @@ def test_every_dialect_of_thinking_is_understood(serve, deltas):
     assert reply.reply == chat.Reply("想想", "答案") and reply.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("deltas", "thinking", "answer"),
+    [
+        ([{"content": "<think>\n想\ud83d"}, {"content": "\ude00\n</think>\n\n答\ud83d"}, {"content": "\ude00案"}],
+         "想😀", "答😀案"),
+        ([{"reasoning": "想\ud83d"}, {"reasoning": "\ude00"}, {"content": "答\ud83d"}, {"content": "\ude00"}],
+         "想😀", "答😀"),
+        ([{"reasoning": "想\ud83d"}, {"content": "\ude00答\ud83d案"}], "想\ufffd", "\ufffd答\ufffd案"),
+        ([{"reasoning": "想"}, {"content": "答\ud83d"}], "想", "答\ufffd"),
+        ([{"content": "<think>\n想\n</think>\n\n答\ud83d"}], "想", "答\ufffd"),
+        ([{"reasoning": "想\ud83d"}], "想\ufffd", "\ufffd"),
+    ],
+)  # fmt: skip
+def test_surrogate_pair_in_two_pieces_is_one_character_and_a_lone_half_is_replaced(serve, deltas, thinking, answer):
+    *chunks, reply = connect(serve(say(*deltas), say({"content": "\ud83d"}))).stream(QUESTION)
+    assert reply.reply == chat.Reply(thinking, answer)
+    for kind, text in (("thinking", thinking), ("answer", answer)):
+        assert "".join(chunk.text for chunk in chunks if chunk.kind == kind).strip() == text
+
+
+def test_half_a_surrogate_pair_in_what_a_server_complains_of_can_be_written(serve):
+    with pytest.raises(UserError) as caught:
+        last(connect(serve(raw('{"error": "no \\ud83d"}'))))
+    assert "\ufffd" in str(caught.value)
+
+
 def test_letters_of_a_tag_in_an_answer_stay_letters_where_the_server_parses_thinking(serve):
     reply = last(connect(serve(say({"reasoning": "想"}, {"content": "标签是</think>"}))))
     assert reply.reply == chat.Reply("想", "标签是</think>")
