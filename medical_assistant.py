@@ -195,7 +195,7 @@ class MedicalAssistant:
             elif isinstance(result, Generation):
                 urgency = triage.assess(row.question)
                 reply = compose(row.question, row.scenario, urgency, result, row.max_tokens, self._engine)
-                yield {**reply.as_row(row.id), "settings": settings_of(row.max_tokens)}
+                yield {**reply.as_row(row.id), "settings": settings_of(row.scenario, row.max_tokens)}
             else:
                 yield result
 
@@ -249,9 +249,10 @@ class MedicalAssistant:
         return messages
 
     def _asked(
-        self, row: Request, answered: Answered | None, settings_of: Callable[[int], str]
+        self, row: Request, answered: Answered | None, settings_of: Callable[[str, int], str]
     ) -> Prompt | dict[str, Any]:
-        known = answered and answered.find(row.id, row.question, row.scenario, settings_of(row.max_tokens))
+        settings = settings_of(row.scenario, row.max_tokens)
+        known = answered and answered.find(row.id, row.question, row.scenario, settings)
         if known:
             return known
         if self._trained_prompts:
@@ -259,10 +260,11 @@ class MedicalAssistant:
         messages = chat.user_messages(row.question, MEDICAL_PROMPTS[row.scenario])
         return Prompt(messages, row.max_tokens, self.settings.think_budget)
 
-    def _settings_of(self, max_tokens: int) -> str:
-        """What an answer depends on besides question and scenario."""
+    def _settings_of(self, scenario: str, max_tokens: int) -> str:
+        """What an answer depends on besides question and scenario; the scenario's prompt may be edited meanwhile."""
         assert self._engine is not None
-        return fingerprint([self._engine.fingerprint, max_tokens, self.settings.think_budget, self.redact])
+        asked = [MEDICAL_PROMPTS[scenario], max_tokens, self.settings.think_budget, self.redact]
+        return fingerprint([self._engine.fingerprint, *asked])
 
 
 def suggest_scenario(question: str, before: str | None = None) -> scenarios.Suggestion:

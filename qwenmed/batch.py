@@ -4,7 +4,7 @@ What is wrong with one row stays with that row. Files are read and written row b
 questions take no more memory than ten (a JSON list excepted: it is one document and read whole).
 
 The results grow as FILE.partial. `--resume` collects what earlier tries have answered in FILE.answered and finds
-each row there by what was asked: id, question, scenario and `settings`, a short hash of model and settings.
+each row there by what was asked: id, question, scenario and `settings`, a short hash of model, system prompt and settings.
 """
 
 import contextlib

@@ -186,15 +186,20 @@ def engine_of(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> TransformersEngine:
     """The engine over a checkpoint that is loaded already."""
-    weights = sorted(file.stat().st_mtime_ns for file in checkpoint.path.glob("*.safetensors"))
+    folders = [checkpoint.path, *([checkpoint.base] if checkpoint.base else [])]
     return TransformersEngine(
         model,
         tokenizer,
         settings.sampling,
         name=str(checkpoint.path),
         notice=checkpoint.notice,
-        fingerprint=f"{checkpoint.path.resolve()} {weights} {model.dtype} {settings.sampling}",
+        fingerprint=f"{' '.join(map(_weights, folders))} {model.dtype} {settings.sampling}",
     )
+
+
+def _weights(folder: Path) -> str:
+    """What changes when a folder's weights do, without reading them."""
+    return f"{folder.resolve()} {sorted(file.stat().st_mtime_ns for file in folder.glob('*.safetensors'))}"
 
 
 def generation_dtype(

@@ -291,6 +291,17 @@ def test_what_was_asked_otherwise_is_asked_again(tmp_path):
     assert len(retrained.asked) == 21
 
 
+def test_rows_whose_system_prompt_has_changed_are_asked_again(tmp_path, monkeypatch):
+    from prompts import MEDICAL_PROMPTS
+
+    rows = [*QUESTIONS, {"id": "other", "question": "怎么吃？", "scenario": "nutrition"}]
+    assert ask(tmp_path, rows) == 0
+    monkeypatch.setitem(MEDICAL_PROMPTS, "nutrition", "你是营养师。")
+    engine = Instant()
+    assert ask(tmp_path, rows, engine=engine, resume=True) == 0
+    assert [prompt.messages[0]["content"] for prompt in engine.asked] == ["你是营养师。"]
+
+
 def test_failed_rows_are_tried_again_and_others_are_not(tmp_path):
     class Failing(Instant):
         def generate(self, prompts):

@@ -357,6 +357,25 @@ def test_cache_that_grows_in_place_holds_what_was_written():
         assert layer.get_seq_length() == whole.shape[2]
 
 
+def test_fingerprint_of_an_adapter_changes_with_its_base(model, tokenizer, tmp_path):
+    import os
+
+    from qwenmed import checkpoints, engines
+
+    def fingerprint(base):
+        found = checkpoints.Checkpoint(tmp_path / "adapter", base, card={}, notice="")
+        return engines.engine_of(engines.EngineSettings(device="cpu"), found, model, tokenizer).fingerprint
+
+    for folder in ("adapter", "one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").touch()
+        os.utime(tmp_path / folder / "model.safetensors", (1, 1))
+    one = fingerprint(tmp_path / "one")
+    assert one == fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
+    os.utime(tmp_path / "one" / "model.safetensors", (2, 2))
+    assert one != fingerprint(tmp_path / "one")
+
+
 def test_number_type_of_the_cpu_is_measured():
     from qwenmed import hardware
 
