@@ -2,18 +2,20 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, drop, fail, hang, raw, say
-from conftest import assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_script
 
-from qwenmed import chat
+from qwenmed import chat, files
 from qwenmed.engine import Generation, Prompt, Sampling
 from qwenmed.engine_openai import OpenAIEngine, ServerError
 from qwenmed.errors import UserError
@@ -224,6 +226,53 @@ def test_silent_server_times_out(serve):
     with pytest.raises(ServerError, match="0.3 秒"):
         last(connect(serve(hang(3)), timeout=0.3, retries=0))
     assert time.monotonic() - started < 2.5
+
+
+def test_silent_server_is_asked_once(serve):
+    server, started = serve(hang(10)), time.monotonic()
+    with pytest.raises(ServerError, match="0.5 秒"):
+        last(OpenAIEngine(server.url, timeout=0.5))
+    assert len(server.asked) == 1 and time.monotonic() - started < 5
+
+
+def test_interrupted_batch_leaves_a_silent_server_at_once(serve, tmp_path):
+    server = serve(hang(60))
+    rows = [{"question": f"头痛{i}天怎么办？"} for i in range(20)]
+    (tmp_path / "q.jsonl").write_text(files.to_jsonl(rows), encoding="utf-8")
+    command = [sys.executable, ROOT / "medical_assistant.py", "-b", "q.jsonl", "-o", "a.jsonl"]
+    process = subprocess.Popen(
+        [*command, "--engine", "openai", "--base-url", server.url, "--timeout", "40", "--concurrency", "3"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "已中断" in told.decode() and len(server.asked) == 3
+
+
+@pytest.mark.parametrize("wait", ["60", "Sun, 06 Nov 2950 08:49:37 GMT", "soon"])
+def test_stopped_batch_waits_for_no_further_try(serve, wait):
+    server = serve(fail(429, headers=[("Retry-After", wait)]))
+    before = set(threading.enumerate())
+
+    def interrupted():
+        yield QUESTION
+        while not server.asked:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(connect(server, retries=4).generate(interrupted()))
+    asking = [each for each in set(threading.enumerate()) - before if each.name == "asking"]
+    for thread in asking:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in asking) and len(server.asked) == 1
 
 
 def test_absent_server_is_found_out_at_once():
