@@ -195,7 +195,7 @@ class MedicalAssistant:
             elif isinstance(result, Generation):
                 urgency = triage.assess(row.question)
                 reply = compose(row.question, row.scenario, urgency, result, row.max_tokens, self._engine)
-                yield {**reply.as_row(row.id), "settings": settings_of(row.max_tokens)}
+                yield {**reply.as_row(row.id), "settings": settings_of(row.scenario, row.max_tokens)}
             else:
                 yield result
 
@@ -249,9 +249,10 @@ class MedicalAssistant:
         return messages
 
     def _asked(
-        self, row: Request, answered: Answered | None, settings_of: Callable[[int], str]
+        self, row: Request, answered: Answered | None, settings_of: Callable[[str, int], str]
     ) -> Prompt | dict[str, Any]:
-        known = answered and answered.find(row.id, row.question, row.scenario, settings_of(row.max_tokens))
+        settings = settings_of(row.scenario, row.max_tokens)
+        known = answered and answered.find(row.id, row.question, row.scenario, settings)
         if known:
             return known
         if self._trained_prompts:
@@ -259,10 +260,11 @@ class MedicalAssistant:
         messages = chat.user_messages(row.question, MEDICAL_PROMPTS[row.scenario])
         return Prompt(messages, row.max_tokens, self.settings.think_budget)
 
-    def _settings_of(self, max_tokens: int) -> str:
-        """What an answer depends on besides question and scenario."""
+    def _settings_of(self, scenario: str, max_tokens: int) -> str:
+        """What an answer depends on besides question and scenario; the scenario's prompt may be edited meanwhile."""
         assert self._engine is not None
-        return fingerprint([self._engine.fingerprint, max_tokens, self.settings.think_budget, self.redact])
+        asked = [MEDICAL_PROMPTS[scenario], max_tokens, self.settings.think_budget, self.redact]
+        return fingerprint([self._engine.fingerprint, *asked])
 
 
 def suggest_scenario(question: str, before: str | None = None) -> scenarios.Suggestion:
@@ -310,7 +312,7 @@ def main() -> int:
     requests: Any = Requests(args.batch, MEDICAL_SCENARIOS, scenario, args.max_tokens) if args.batch else []
     if args.triage:
         return commands.classify(
-            requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output
+            requests or [Request(1, args.question.strip(), scenario, args.max_tokens)], args.output, args.redact
         )
     settings = cli.given(args, EngineSettings)
     assistant = MedicalAssistant(
@@ -378,6 +380,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--resume 只用于写到文件的批量（-b 和 -o）")
     if args.triage and not args.batch and args.question is None:
         parser.error("--triage 需要 -q 或 -b")
+    if args.triage and args.resume:
+        parser.error("--triage 和 --resume 不能同时使用；接着做中断的批量请去掉 --triage")
     return args
 
 

@@ -4,7 +4,7 @@ What is wrong with one row stays with that row. Files are read and written row b
 questions take no more memory than ten (a JSON list excepted: it is one document and read whole).
 
 The results grow as FILE.partial. `--resume` collects what earlier tries have answered in FILE.answered and finds
-each row there by what was asked: id, question, scenario and `settings`, a short hash of model and settings.
+each row there by what was asked: id, question, scenario and `settings`, a short hash of model, system prompt and settings.
 """
 
 import contextlib
@@ -142,22 +142,60 @@ def results_file(path: Path, resume: bool) -> Iterator[tuple[IO[str], Answered |
         resume: also give the rows that earlier tries have answered.
 
     Raises:
-        UserError: an earlier try was cut short, and nobody has said what to do with its answers.
+        UserError: as `check_results_path`, or another process writes them.
     """
-    partial, collected = path.with_name(path.name + ".partial"), path.with_name(path.name + ".answered")
-    left_over = [each for each in (partial, collected) if each.exists()]
-    if left_over and not resume:
-        remedy = "加上 --resume 接着做，或先删除它从头开始"
-        raise UserError("上一次没有做完，它的结果还在", left_over[0], remedy)
+    partial, collected = _unfinished(path)
     answered = None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_held(path))
+        check_results_path(path, resume)
         if resume:
             _collect(partial, collected)
             answered = Answered([each for each in (path, collected) if each.exists()])
-            stack.callback(answered.close)
-        with files.growing_file(path) as file:
-            yield file, answered
+        file = stack.enter_context(files.growing_file(path))
+        if answered is not None:
+            stack.callback(answered.close)  # before the renaming: Windows replaces no open file
+        yield file, answered
     collected.unlink(missing_ok=True)
+
+
+def check_results_path(path: Path, resume: bool = False) -> None:
+    """Make sure that results may be written there, before any work.
+
+    Raises:
+        UserError: it is a folder, or an earlier try was cut short and nobody has said what to do with its answers.
+    """
+    if path.is_dir():  # it would fail at the renaming
+        raise UserError("结果要写到文件，而这是目录", path, "请给出文件名")
+    left_over = [each for each in _unfinished(path) if each.exists()]
+    if left_over and not resume:
+        remedy = "加上 --resume 接着做，或先删除它从头开始"
+        raise UserError("上一次没有做完，它的结果还在", left_over[0], remedy)
+
+
+def _unfinished(path: Path) -> tuple[Path, Path]:
+    """Where the rows of a try grow, and where those of earlier tries are collected."""
+    return path.parent / f"{path.name}.partial", path.parent / f"{path.name}.answered"  # "." has no name
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the same results; a killed one keeps nobody."""
+    from filelock import FileLock, Timeout
+
+    place = path.parent / f".{path.name}.lock"
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError("另一个进程正在写这个结果文件", path, "请等它结束，或换一个文件名") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file; the lock does it there
+            place.unlink()
+        lock.release()
 
 
 def _collect(partial: Path, collected: Path) -> None:

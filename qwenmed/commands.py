@@ -6,19 +6,31 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qwenmed import cli, controls, files, terminal, triage
+from qwenmed import cli, controls, files, redact, terminal, triage
 from qwenmed.answers import AssistantReply
-from qwenmed.batch import Request, Requests, results_file
+from qwenmed.batch import Request, Requests, check_results_path, results_file
+from qwenmed.errors import UserError
 
 
-def classify(requests: Iterable[Request], output: Path | None) -> int:
-    """`--triage`: how urgent each question is, by rules and points, without a model; exit status 3 if a row can't be read."""
+def classify(requests: Iterable[Request], output: Path | None, masked: bool = False) -> int:
+    """`--triage`: how urgent each question is, by rules and points, without a model; exit status 3 if a row can't be read.
+
+    Args:
+        output: results as JSONL; None for stdout.
+        masked: whether phone, identity-card and e-mail are masked in what is judged and written.
+
+    Raises:
+        UserError: the results can't be written there.
+    """
     failed = 0
-    with files.growing_file(output) if output else contextlib.nullcontext(sys.stdout) as out:
+    if output:
+        check_results_path(output)
+    with files.whole_file(output) if output else contextlib.nullcontext(sys.stdout) as out:
         for request in requests:
-            urgency = triage.assess(request.question)
+            question = redact.redact(request.question).text if masked else request.question
+            urgency = triage.assess(question)
             failed += request.error is not None
-            row = {"question": request.question, "urgency": urgency.level, "reasons": urgency.reasons}
+            row = {"question": question, "urgency": urgency.level, "reasons": urgency.reasons}
             out.write(controls.json_line({**row, "error": request.error} if request.error else row) + "\n")
     return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
 
@@ -51,8 +63,11 @@ def answer_batch(
         output: results as JSONL; None for stdout.
         resume: don't ask again what an earlier try has answered.
         names: scenario id → name, to show the rows to a reader; None for JSON.
+
+    Raises:
+        UserError: the results can't be written there, or some rows came back without one.
     """
-    failed = 0
+    written = failed = 0
     with contextlib.ExitStack() as stack:
         out, answered = sys.stdout, None
         if output:
@@ -65,19 +80,26 @@ def answer_batch(
         as_line = terminal.batch_row_as_text(names) if names else controls.json_line
         try:
             for row in assistant.batch(requests, answered=answered):
-                failed += "error" in row
+                written, failed = written + 1, failed + ("error" in row)
                 out.write(as_line(row) + "\n")
                 out.flush()
                 progress.update()
+            _check_complete(written, len(requests), output)
         except BaseException:
             if output:
                 progress.close()
-                cli.note(f"中断前写好 {progress.n} 题，在 {output}.partial；加上 --resume 接着做")
+                cli.note(f"中断前写好 {written} 题，在 {output}.partial；加上 --resume 接着做")
             raise
     if output:
         cli.note(f"已写入 {output}")
     cli.note(f"完成 {len(requests) - failed} 题，失败 {failed} 题")
     return cli.EXIT_SOME_ROWS_FAILED if failed else cli.EXIT_OK
+
+
+def _check_complete(written: int, asked: int, output: Path | None) -> None:
+    if written != asked:
+        remedy = "加上 --resume 接着做" if output else "请再试一次，并用 -o 写到文件"
+        raise UserError(f"问了 {asked} 题，只得到 {written} 题的结果", output, remedy)
 
 
 def converse(

@@ -1,7 +1,8 @@
 """The engine for any OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp's server, `transformers serve`.
 
-The `openai` client does the HTTP work: time-outs, retries with exponential back-off (a server's Retry-After is
-obeyed), connection reuse. What is added here is what the servers differ in:
+The `openai` client does the HTTP work: requests, time-outs, connection reuse. It would ask again by itself, even
+after it was told to stop and after a time-out; so that is done here, with exponential back-off (a server's
+Retry-After is obeyed). What else is added is what the servers differ in:
 - Thinking comes as `reasoning` (vLLM), as `reasoning_content` (SGLang, llama.cpp, `transformers serve`), or as
   raw `<think>` text within the content.
 - Optional fields that a server refuses (`transformers serve` answers 422 to `stream_options`) are left out from
@@ -16,29 +17,42 @@ control token in a message is broken up, for a server may take it for one.
 """
 
 import contextlib
+import email.utils
+import functools
 import os
+import queue
+import random
+import re
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from qwenmed import chat
 from qwenmed.controls import as_plain_words
 from qwenmed.engine import MODELS_OWN, QWEN3_SAMPLING, Chunk, Generation, Messages, Prompt, Sampling
 from qwenmed.errors import UserError
-from qwenmed.server_reply import Reader
+from qwenmed.server_reply import Reader, whole_characters
 
 # How Qwen3's template is told to leave the thinking out, and how a server to go on with the last message.
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# Of one request; the client waits 0.5 s, then twice as long each time, at most 8 s.
+# Of one request; the first waits 0.5 s, each further one twice as long, at most 8 s.
 RETRIES = 4
+# Besides all from 500 on: time-out, conflict, too many requests.
+TRY_AGAIN = (408, 409, 429)
+# A server that wants to be left alone for longer is not waited for.
+LONGEST_PAUSE = 120
 # A stream that broke off is asked again from its beginning; only a batch can, for nobody has read its start.
 BROKEN_STREAM_RETRIES = 2
 # A server that fails so many rows one after another is down; the batch stops instead of failing ten thousand.
 FAILURES_IN_A_ROW = 20
+
+T = TypeVar("T")
 
 
 class ServerError(UserError):
@@ -55,6 +69,7 @@ class OpenAIEngine:
         concurrency: requests at a time in `generate`.
         timeout: seconds without a sign of the server.
         api_key: by default that of the environment.
+        retries: further tries of a request that a busy or absent server did not take.
 
     Raises:
         UserError: the server can't be reached, refuses the key, or has not the model.
@@ -75,13 +90,13 @@ class OpenAIEngine:
     ) -> None:
         import openai
 
-        self._base_url, self._timeout = base_url, timeout
+        self._base_url, self._timeout, self._retries = base_url, timeout, retries
         self._sampling, self._concurrency = sampling.over(QWEN3_SAMPLING), concurrency
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=api_key or os.environ.get(KEY_VARIABLE) or "none",
             timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
-            max_retries=retries,
+            max_retries=0,
         )
         # Fields that not every server knows; emptied when one refuses them.
         self._optional: dict[str, Any] = {"stream_options": {"include_usage": True}}
@@ -97,7 +112,7 @@ class OpenAIEngine:
 
         with _explained(self._base_url, self._timeout):
             try:
-                return {each.id: each for each in self._client.models.list()}
+                return {each.id: each for each in self._retried(self._client.models.list, threading.Event())}
             except (openai.InternalServerError, openai.NotFoundError):
                 # `transformers serve` fails so without a hub cache.
                 if model is None:
@@ -145,8 +160,6 @@ class OpenAIEngine:
         Raises:
             UserError: the server failed too many times one after another.
         """
-        from concurrent.futures import Future, ThreadPoolExecutor
-
         failures, stopped = 0, threading.Event()
         pending: deque[Any] = deque()
 
@@ -160,17 +173,18 @@ class OpenAIEngine:
                 raise UserError(f"服务器连续 {failures} 题失败，已停止：{result.what}", self._base_url, result.remedy)
             return result
 
-        pool = ThreadPoolExecutor(self._concurrency)
+        workers = _Workers(self._concurrency)
         try:
             for prompt in prompts:
-                pending.append(pool.submit(self._answer, prompt, stopped) if isinstance(prompt, Prompt) else prompt)
+                asked = isinstance(prompt, Prompt)
+                pending.append(workers.submit(self._answer, prompt, stopped) if asked else prompt)
                 while pending and (len(pending) >= 4 * self._concurrency or _is_done(pending[0])):
                     yield settle(pending.popleft())
             while pending:
                 yield settle(pending.popleft())
         finally:
-            stopped.set()  # the threads leave their streams at the next piece
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()  # the threads leave their streams at the next piece, and ask no more
+            workers.close()
 
     def _answer(self, prompt: Prompt, stopped: threading.Event) -> Generation | UserError:
         for attempt in range(BROKEN_STREAM_RETRIES + 1):
@@ -191,7 +205,8 @@ class OpenAIEngine:
     ) -> Iterator[Chunk]:
         """Feed a request's stream to the reader, until it ends or the reader has enough."""
         with _explained(self._base_url, self._timeout):
-            response = self._request(messages, reader.room, extra, reader.sampling.over(self._sampling))
+            sampling = reader.sampling.over(self._sampling)
+            response = self._request(messages, reader.room, extra, sampling, stopped)
         with _explained(self._base_url, self._timeout, streaming=True):
             with contextlib.closing(response):
                 for event in response:
@@ -203,7 +218,9 @@ class OpenAIEngine:
             if reader.finish_reason is None:
                 raise ServerError("服务器中途断开，回答不完整", self._base_url, "请再试一次，或查看服务器的日志")
 
-    def _request(self, messages: Messages, max_tokens: int, extra: dict[str, Any], sampling: Sampling) -> Any:
+    def _request(
+        self, messages: Messages, max_tokens: int, extra: dict[str, Any], sampling: Sampling, stopped: threading.Event
+    ) -> Any:
         import openai
 
         fields: dict[str, Any] = {
@@ -217,13 +234,31 @@ class OpenAIEngine:
         if sampling.seed is not None:
             fields["seed"] = sampling.seed
         optional = self._optional  # other threads may empty it meanwhile
+        create = functools.partial(self._client.chat.completions.create, **fields, extra_body=extra)
         try:
-            return self._client.chat.completions.create(**fields, **optional, extra_body=extra)
+            return self._retried(functools.partial(create, **optional), stopped)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if not any(name in str(error) for name in optional):
                 raise
             self._optional = {}
-            return self._client.chat.completions.create(**fields, extra_body=extra)
+            return self._retried(create, stopped)
+
+    def _retried(self, ask: Callable[[], T], stopped: threading.Event) -> T:
+        """What the server gives; busy or absent, it is asked again. A silent one is not: each try takes all the time."""
+        import openai
+
+        for attempt in range(self._retries + 1):
+            if stopped.is_set():
+                break
+            try:
+                return ask()
+            except openai.APITimeoutError:
+                raise
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                pause = _pause(error, attempt)
+                if pause is None or attempt == self._retries or stopped.wait(pause):
+                    raise
+        raise ServerError("已停止", self._base_url)
 
     def _continue(self, reader: Reader, prompt: Prompt, stopped: threading.Event) -> Iterator[Chunk]:
         """The answer behind a thinking that was closed."""
@@ -239,6 +274,55 @@ class OpenAIEngine:
             except UserError:  # it does not know the fields
                 self._can_continue = False
         yield from self._read(reader, prompt.messages, NO_THINKING, stopped)
+
+
+class _Workers:
+    """Threads that ask: daemons, for at its end the interpreter waits for those of a ThreadPoolExecutor.
+
+    Args:
+        most: how many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._started = most, 0
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Let a thread call the function; returns what will have its result."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, functools.partial(function, *arguments)))
+        if self._started < self._most:
+            self._started += 1
+            threading.Thread(target=self._work, name="asking", daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        """Let the threads end when nothing is left to do."""
+        for _ in range(self._started):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            future, call = task
+            try:
+                future.set_result(call())
+            except BaseException as error:  # it belongs to whoever waits for the result
+                future.set_exception(error)
+
+
+def _pause(error: Any, attempt: int) -> float | None:
+    """Seconds until the next try, as the server says or twice as long each time; None if there shall be none."""
+    response = getattr(error, "response", None)  # None: the server was not reached
+    if response is not None and response.status_code < 500 and response.status_code not in TRY_AGAIN:
+        return None
+    told = "" if response is None else response.headers.get("retry-after", "")
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", told):
+        seconds = float(told)
+    elif date := email.utils.parsedate_tz(told):
+        seconds = max(0.0, email.utils.mktime_tz(date) - time.time())
+    else:
+        seconds = min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1)  # lest all rows come back together
+    return seconds if seconds <= LONGEST_PAUSE else None
 
 
 @contextlib.contextmanager
@@ -282,7 +366,7 @@ def _harmless(message: dict[str, str]) -> dict[str, str]:
 def _words(error: Exception) -> str:
     """An error's text on one line; for one that the server told within a stream, what it told."""
     told = getattr(error, "body", None) or error
-    return " ".join(str(told).split())[:200] or type(error).__name__
+    return " ".join(whole_characters(str(told)).split())[:200] or type(error).__name__
 
 
 def _is_done(item: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwenmed import chat
 from qwenmed.engine import MODELS_OWN, Chunk, Generation, Messages, Prompt, ReplyGuide, Sampling, reply_limit
 from qwenmed.errors import UserError
+from qwenmed.hardware import free_memory, is_out_of_memory
 from qwenmed.running import Row, Running
 from qwenmed.sampler import Sampler
 
@@ -116,14 +117,16 @@ class TransformersEngine:
                 if arriving := self._arriving(queue, running.rows, size):
                     running.add(arriving)
                 taken = running.choose()
-                queue.done |= {row.number: row.generation(self._parse(row)) for row, _ in taken if row.ended}
+                queue.done |= self._ended(row for row, _ in taken)
                 running.advance()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 size = max(1, size // 2)
-                lost = running.clear()
-                if len(lost) == 1:
+                cleared = running.clear()
+                queue.done |= self._ended(cleared)
+                lost = [row for row in cleared if not row.ended]
+                if len(cleared) == len(lost) == 1:
                     queue.done[lost[0].number] = out_of_memory()
                 else:
                     queue.waiting = [row.again(self) for row in lost] + queue.waiting
@@ -133,7 +136,7 @@ class TransformersEngine:
         """The rows that join the running ones; a few at a time, for each arrival makes the whole batch be copied."""
         if not queue.waiting:
             return []
-        free = min(size, self.rows_that_fit([*active, *queue.waiting])) - len(active)
+        free = min(size, self.rows_that_fit(active, queue.waiting)) - len(active)
         return queue.take(max(1, free)) if not active or free >= max(1, size // 8) else []
 
     def row(self, number: int, prompt: Prompt) -> Row:
@@ -157,6 +160,10 @@ class TransformersEngine:
             self._stop_ids,
             state="no thinking" if row.prompt.think_budget == 0 else _state(row.ids, self._tags),
         )
+
+    def _ended(self, rows: Iterable[Row]) -> dict[int, Generation]:
+        """The finished replies among these rows, by the number of their prompt."""
+        return {row.number: row.generation(self._parse(row)) for row in rows if row.ended}
 
     def _parse(self, row: Row) -> chat.Reply:
         text = chat.TokenText(self.tokenizer)
@@ -203,14 +210,13 @@ class TransformersEngine:
         """Free the keys and values of the beginnings that prompts share."""
         self._prefixes.clear()
 
-    def rows_that_fit(self, rows: Sequence[Row]) -> int:
-        """How many rows of the longest kind memory has room for; with rows running, what they take counts as free."""
+    def rows_that_fit(self, running: Sequence[Row], waiting: Sequence[Row]) -> int:
+        """How many rows of the longest kind memory has room for, the running ones among them: theirs counts as free."""
         from qwenmed.decoding import bytes_per_token
-        from qwenmed.hardware import free_memory
 
-        per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in rows)
-        running = sum(len(row.ids) + len(row.guide.ids) for row in rows) * bytes_per_token(self.model)
-        return max(1, int((free_memory(self.model.device) * MEMORY_SHARE + running) / per_row))
+        per_row = bytes_per_token(self.model) * max(len(row.ids) + row.limit for row in (*running, *waiting))
+        held = bytes_per_token(self.model) * sum(len(row.ids) + len(row.guide.ids) for row in running)
+        return max(1, int((free_memory(self.model.device) * MEMORY_SHARE + held) / per_row))
 
 
 class _Queue:
@@ -294,13 +300,6 @@ def _state(ids: Sequence[int], tags: tuple[int, int]) -> str:
     """How the prompt leaves the reply: some templates open the thinking themselves."""
     last = next((token for token in reversed(ids[-8:]) if token in tags), None)
     return "thinking" if last == tags[0] else "open"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch's CPU allocator raises a plain RuntimeError for it."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def out_of_memory() -> UserError:

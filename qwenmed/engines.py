@@ -158,7 +158,25 @@ def _open_transformers(settings: EngineSettings, together: int) -> Engine:
     cli.note(f"正在载入：{checkpoint.kind} {checkpoint.path}（{device.type}）")
     dtype = generation_dtype(settings, device, checkpoint, together)
     model, tokenizer = checkpoints.load(checkpoint, dtype)
-    return engine_of(settings, checkpoint, model.to(device), tokenizer)
+    return engine_of(settings, checkpoint, moved(model, device, checkpoint.path), tokenizer)
+
+
+def moved(model: "PreTrainedModel", device: "torch.device", path: Path) -> "PreTrainedModel":
+    """The model on its device.
+
+    Args:
+        path: where it came from, for the message.
+
+    Raises:
+        UserError: the device has no room for it.
+    """
+    try:
+        return model.to(device)
+    except Exception as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        remedy = "请关掉占用显存的其他程序，换小一些的模型，或用 --device cpu"
+        raise UserError(f"设备 {device.type} 的内存放不下这个模型", path, remedy) from error
 
 
 def engine_of(
@@ -168,15 +186,20 @@ def engine_of(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> TransformersEngine:
     """The engine over a checkpoint that is loaded already."""
-    weights = sorted(file.stat().st_mtime_ns for file in checkpoint.path.glob("*.safetensors"))
+    folders = [checkpoint.path, *([checkpoint.base] if checkpoint.base else [])]
     return TransformersEngine(
         model,
         tokenizer,
         settings.sampling,
         name=str(checkpoint.path),
         notice=checkpoint.notice,
-        fingerprint=f"{checkpoint.path.resolve()} {weights} {model.dtype} {settings.sampling}",
+        fingerprint=f"{' '.join(map(_weights, folders))} {model.dtype} {settings.sampling}",
     )
+
+
+def _weights(folder: Path) -> str:
+    """What changes when a folder's weights do, without reading them."""
+    return f"{folder.resolve()} {sorted(file.stat().st_mtime_ns for file in folder.glob('*.safetensors'))}"
 
 
 def generation_dtype(

@@ -187,11 +187,23 @@ def free_memory(device: "torch.device") -> int:
     return psutil.virtual_memory().available
 
 
+# How a plain RuntimeError of torch tells that memory ran out: on Linux, on Windows, on a Mac, and in CUDA itself.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no room for a tensor: on a GPU an error of its own, on a CPU a RuntimeError."""
+    """Whether memory ran out: torch has an error of its own for its GPU allocator, and plain ones elsewhere."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:

@@ -84,8 +84,9 @@ class Running:
     def _keep(self, places: list[int]) -> None:
         if len(places) < len(self.rows):
             assert self._batch is not None
-            self.rows = [self.rows[i] for i in places]
+            # First what may run out of memory: `clear` must still find the rows that have ended.
             self._batch = self._batch.keep(places) if places else None
+            self.rows = [self.rows[i] for i in places]
 
     def _chosen(self) -> list[int]:
         """Each row's next token, which its guide has then taken."""

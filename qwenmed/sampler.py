@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers.generation import LogitsProcessorList
 
+# Logits divided by less may overflow to infinity, from which nothing can be drawn: the whole batch would end.
+GREEDY_BELOW = 1e-5
+
 
 class Sampler:
     """Chooses tokens: greedily, or from the warped distribution with a generator of each row's own."""
@@ -18,7 +21,7 @@ class Sampler:
     def __init__(self, config: "GenerationConfig", sampling: Sampling) -> None:
         given = sampling.temperature
         temperature = (config.temperature if config.do_sample else 0) if given is None else given
-        self._greedy = not temperature
+        self._greedy = not temperature or temperature < GREEDY_BELOW
         self._seed = sampling.seed
         self._temperature = temperature
         self._top_p = config.top_p if sampling.top_p is None else sampling.top_p

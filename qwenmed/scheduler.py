@@ -176,7 +176,7 @@ class Scheduler:
         """The tickets that get a place now, first come first served."""
         if not waiting or len(rows) >= self.slots:
             return []
-        fit = self._model.rows_that_fit([*rows, *map(_row, waiting)])
+        fit = self._model.rows_that_fit(rows, list(map(_row, waiting)))
         count = max(0 if rows else 1, min(self.slots, fit) - len(rows))
         arriving, waiting[:] = waiting[:count], waiting[count:]
         return arriving

@@ -12,6 +12,30 @@ from qwenmed import chat
 from qwenmed.engine import LOOP_INTERVAL, MODELS_OWN, Chunk, Generation, Prompt, find_loop, thinking_limit
 
 
+def whole_characters(text: str) -> str:
+    """The text with its surrogate pairs joined; a lone half, which UTF-8 has no way to write, becomes U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class _Pieces:
+    """Text that comes in pieces; a server that cuts between the halves of a surrogate pair is waited for."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def feed(self, piece: str) -> str:
+        """What may be passed on now."""
+        text, self._half = self._half + piece, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return whole_characters(text)
+
+    def close(self) -> str:
+        """What stands for a half that has waited in vain."""
+        rest, self._half = self._half, ""
+        return whole_characters(rest)
+
+
 class Reader:
     """Puts a reply together from the events of its stream, or of two."""
 
@@ -22,6 +46,7 @@ class Reader:
         self._parser: chat.ReplyParser | None = chat.ReplyParser()  # for a content that holds the thinking
         self._parsed: chat.Reply | None = None
         self._has_fields = False
+        self._reasoning, self._content = _Pieces(), _Pieces()
         self._pieces = {"thinking": "", "answer": ""}
         self._tokens = {"thinking": 0, "answer": 0}
         self._usage = 0
@@ -69,10 +94,13 @@ class Reader:
         chunks = []
         if reasoning:
             self._has_fields = True
-            chunks.append(("thinking", reasoning))
+            chunks.append(("thinking", self._reasoning.feed(reasoning)))
         if delta.content:
             assert self._parser is not None  # `begin_answer` gives each stream its own
-            chunks += [("answer", delta.content)] if self._has_fields else self._parser.feed(delta.content)
+            if half := self._reasoning.close():
+                chunks.append(("thinking", half))
+            content = self._content.feed(delta.content)
+            chunks += [("answer", content)] if self._has_fields else self._parser.feed(content)
         if choice.finish_reason:
             self.finish_reason = "length" if choice.finish_reason == "length" else "stop"
         elif reasoning or delta.content:
@@ -81,11 +109,13 @@ class Reader:
 
     def close_part(self) -> list[Chunk]:
         """What the parser still held back at the end of a stream."""
+        rest = self._content.close()
+        chunks = [("thinking", self._reasoning.close())]
         if self._has_fields or self._parser is None:
-            return []
-        chunks = self._noted(self._parser.close())
+            return self._noted([*chunks, ("answer", rest)])
+        chunks += self._parser.feed(rest) + self._parser.close()
         self._parsed, self._parser = self._parser.reply, None
-        return chunks
+        return self._noted(chunks)
 
     def begin_answer(self) -> None:
         """The thinking was cut; what follows in another stream is the answer."""

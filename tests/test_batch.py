@@ -3,14 +3,16 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+from conftest import assert_user_error, run_script
 from fakes import Instant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenmed import files
-from qwenmed.batch import Request, Requests, parse_request
+from qwenmed.batch import Request, Requests, parse_request, results_file
 from qwenmed.errors import UserError
 
 SCENARIOS = {"diagnosis": "症状诊断", "nutrition": "营养指导"}
@@ -289,6 +291,17 @@ def test_what_was_asked_otherwise_is_asked_again(tmp_path):
     assert len(retrained.asked) == 21
 
 
+def test_rows_whose_system_prompt_has_changed_are_asked_again(tmp_path, monkeypatch):
+    from prompts import MEDICAL_PROMPTS
+
+    rows = [*QUESTIONS, {"id": "other", "question": "怎么吃？", "scenario": "nutrition"}]
+    assert ask(tmp_path, rows) == 0
+    monkeypatch.setitem(MEDICAL_PROMPTS, "nutrition", "你是营养师。")
+    engine = Instant()
+    assert ask(tmp_path, rows, engine=engine, resume=True) == 0
+    assert [prompt.messages[0]["content"] for prompt in engine.asked] == ["你是营养师。"]
+
+
 def test_failed_rows_are_tried_again_and_others_are_not(tmp_path):
     class Failing(Instant):
         def generate(self, prompts):
@@ -300,6 +313,87 @@ def test_failed_rows_are_tried_again_and_others_are_not(tmp_path):
     engine = Instant()
     assert ask(tmp_path, QUESTIONS, engine=engine, resume=True) == 0
     assert len(engine.asked) == 10 and not any("error" in row for row in results(tmp_path))
+
+
+def test_engine_that_loses_rows_ends_in_an_error_and_keeps_those_that_came(tmp_path):
+    class Losing(Instant):
+        def generate(self, prompts):
+            yield next(super().generate(prompts))
+
+    with pytest.raises(UserError, match=r"20 题.*1 题.*a\.jsonl.*--resume"):
+        ask(tmp_path, QUESTIONS, engine=Losing())
+    assert not (tmp_path / "a.jsonl").exists() and len(results(tmp_path, "a.jsonl.partial")) == 1
+    assert ask(tmp_path, QUESTIONS, resume=True) == 0
+
+
+def test_second_run_into_the_same_results_is_refused_and_harms_no_row(tmp_path):
+    class Beside(Instant):
+        """While it answers, the same batch is started again."""
+
+        def generate(self, prompts):
+            for number, result in enumerate(super().generate(prompts)):
+                yield result
+                if number == 5:
+                    for resume in (False, True):
+                        with pytest.raises(UserError, match=r"正在写.*a\.jsonl"):
+                            ask(tmp_path, QUESTIONS, resume=resume)
+
+    assert ask(tmp_path, QUESTIONS, engine=Beside()) == 0
+    assert [row["id"] for row in results(tmp_path)] == list(range(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_triage_masks_what_the_model_would_not_see_either(tmp_path):
+    question = "我电话13812345678，邮箱a.b@c.com，胸口剧痛，大汗，左胳膊疼"
+    done = run_script("medical_assistant.py", "--triage", "--redact", "-q", question, cwd=tmp_path)
+    row = json.loads(done.out)
+    assert row["question"] == "我电话[手机号]，邮箱[邮箱]，胸口剧痛，大汗，左胳膊疼" and row["urgency"] == "emergency"
+    (tmp_path / "q.jsonl").write_text(files.to_jsonl([{"question": question}]), encoding="utf-8")
+    done = run_script("medical_assistant.py", "--triage", "--redact", "-b", "q.jsonl", "-o", "t.jsonl", cwd=tmp_path)
+    assert done.status == 0 and results(tmp_path, "t.jsonl") == [row], done.err
+
+
+def test_triage_takes_no_interrupted_batch_away(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, QUESTIONS, engine=Dying(7))
+    kept = results(tmp_path, "a.jsonl.partial")
+    triage = ("medical_assistant.py", "--triage", "-b", "q.jsonl", "-o", "a.jsonl")
+    assert_user_error(run_script(*triage, cwd=tmp_path), "没有做完", "a.jsonl.partial")
+    assert_user_error(run_script(*triage, "--resume", cwd=tmp_path), "--triage", "--resume")
+    assert results(tmp_path, "a.jsonl.partial") == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.partial", "q.jsonl"]
+
+
+def test_folder_as_results_file_is_refused_before_any_question_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for resume in (False, True):
+        engine = Instant()
+        with pytest.raises(UserError, match="目录.*folder"):
+            ask(tmp_path, QUESTIONS, "folder", engine=engine, resume=resume)
+        assert engine.asked == []
+        with pytest.raises(UserError, match="目录"), results_file(Path(), resume):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "q.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of the open files")
+def test_results_are_renamed_over_no_open_file(tmp_path, monkeypatch):
+    # Windows refuses it.
+    assert ask(tmp_path, QUESTIONS) == 0
+    whole, renamed = Path.replace, []
+
+    def watching(self, target):
+        renamed.append(Path(target).name)
+        assert str(target) not in [
+            str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()
+        ]
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", watching)
+    assert ask(tmp_path, QUESTIONS, resume=True) == 0
+    assert ask(tmp_path, [{"question": "别的？"}], resume=True) == 0
+    assert renamed == ["a.jsonl", "a.jsonl"]
 
 
 def test_same_question_twice_keeps_both_rows(tmp_path):

@@ -1,6 +1,7 @@
 """How a reply goes on and ends, and many replies decoded together."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,6 +185,15 @@ def test_seeded_replies_repeat_and_do_not_depend_on_the_rows_beside_them(model, 
     assert list(other.generate(asked)) != together
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38, 1e-6])
+def test_tiny_temperature_is_greedy_and_harms_no_row_beside_it(model, tokenizer, demo_rows, temperature):
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, seed=7))
+    tiny, other = prompts(demo_rows, 2)
+    beside = engine.generate([replace(tiny, sampling=Sampling(temperature=temperature)), other])
+    greedy = replace(tiny, sampling=Sampling(temperature=0))
+    assert list(beside) == [list(engine.stream(greedy))[-1], list(engine.stream(other))[-1]]
+
+
 def test_seed_zero_is_a_seed(model, tokenizer, demo_rows):
     engine = TransformersEngine(model, tokenizer, Sampling(temperature=1.0, seed=0))
     prompt = prompts(demo_rows, 1)[0]
@@ -233,6 +243,24 @@ def test_running_out_of_memory_halves_the_batch_and_loses_no_row(model, tokenize
     assert list(engine.generate(asked)) == list(wide.generate(asked)) and narrow.widest == 2
 
 
+@pytest.mark.parametrize("place", ["Batch.keep", "Batch.join", "GrowingLayer.update"])
+def test_running_out_of_memory_while_rows_come_and_go_loses_no_answer(model, tokenizer, demo_rows, monkeypatch, place):
+    owner, name = place.split(".")
+    owner, calls = getattr(decoding, owner), itertools.count()
+    whole = getattr(owner, name)
+
+    def failing(*arguments, **options):
+        if next(calls) in (1, 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*arguments, **options)
+
+    asked = prompts(demo_rows)
+    wide = list(TransformersEngine(model, tokenizer, Sampling(temperature=0)).generate(asked))
+    monkeypatch.setattr(owner, name, failing)
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0), batch_size=8)
+    assert list(engine.generate(asked)) == wide and next(calls) > 2
+
+
 def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, demo_rows):
     class Full:
         def __getattr__(self, name):
@@ -246,6 +274,50 @@ def test_row_that_fits_into_no_memory_is_an_error_of_its_own(model, tokenizer, d
     assert all("内存" in str(result) for result in engine.generate(asked))
     with pytest.raises(UserError, match="内存"):
         list(engine.stream(asked[0]))
+
+
+def test_rows_that_wait_hold_no_memory_yet(model, tokenizer, demo_rows, monkeypatch):
+    from qwenmed import engine_transformers as module
+
+    engine = TransformersEngine(model, tokenizer, Sampling(temperature=0))
+    row = engine.row(0, prompts(demo_rows, 1)[0])
+    whole = decoding.bytes_per_token(model) * (len(row.ids) + row.limit)
+    monkeypatch.setattr(module, "free_memory", lambda device: 10 * whole / module.MEMORY_SHARE + 1)
+    assert engine.rows_that_fit([], [row] * 128) == 10
+    read = [row] * 20
+    held = 20 * len(row.ids) / (len(row.ids) + row.limit)
+    assert engine.rows_that_fit(read, []) == engine.rows_that_fit(read, [row] * 128) == int(10 + held)
+
+
+def test_model_that_fits_into_no_memory_is_one_line_with_a_way_out(demo_model, monkeypatch):
+    from transformers import Qwen3ForCausalLM
+
+    from qwenmed import engines
+
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "to", full)
+    with pytest.raises(UserError, match="放不下这个模型.*--device cpu"):
+        engines.open_engine(engines.EngineSettings(checkpoint=str(demo_model), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB, other allocations: 384.00 KiB)"),
+    ],
+)
+def test_lack_of_memory_is_known_on_every_device_and_system(error):
+    from qwenmed import hardware
+
+    assert hardware.is_out_of_memory(error)
 
 
 def test_a_bug_is_not_taken_for_lack_of_memory(tokenizer):
@@ -283,6 +355,25 @@ def test_cache_that_grows_in_place_holds_what_was_written():
         whole = torch.cat(written, dim=2)
         assert torch.equal(keys, whole) and torch.equal(values, whole * 2)
         assert layer.get_seq_length() == whole.shape[2]
+
+
+def test_fingerprint_of_an_adapter_changes_with_its_base(model, tokenizer, tmp_path):
+    import os
+
+    from qwenmed import checkpoints, engines
+
+    def fingerprint(base):
+        found = checkpoints.Checkpoint(tmp_path / "adapter", base, card={}, notice="")
+        return engines.engine_of(engines.EngineSettings(device="cpu"), found, model, tokenizer).fingerprint
+
+    for folder in ("adapter", "one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").touch()
+        os.utime(tmp_path / folder / "model.safetensors", (1, 1))
+    one = fingerprint(tmp_path / "one")
+    assert one == fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
+    os.utime(tmp_path / "one" / "model.safetensors", (2, 2))
+    assert one != fingerprint(tmp_path / "one")
 
 
 def test_number_type_of_the_cpu_is_measured():

@@ -2,18 +2,20 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, drop, fail, hang, raw, say
-from conftest import assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_script
 
-from qwenmed import chat
+from qwenmed import chat, files
 from qwenmed.engine import Generation, Prompt, Sampling
 from qwenmed.engine_openai import OpenAIEngine, ServerError
 from qwenmed.errors import UserError
@@ -60,6 +62,32 @@ def pieces(text):
 def test_every_dialect_of_thinking_is_understood(serve, deltas):
     reply = last(connect(serve(say(*deltas))))
     assert reply.reply == chat.Reply("想想", "答案") and reply.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("deltas", "thinking", "answer"),
+    [
+        ([{"content": "<think>\n想\ud83d"}, {"content": "\ude00\n</think>\n\n答\ud83d"}, {"content": "\ude00案"}],
+         "想😀", "答😀案"),
+        ([{"reasoning": "想\ud83d"}, {"reasoning": "\ude00"}, {"content": "答\ud83d"}, {"content": "\ude00"}],
+         "想😀", "答😀"),
+        ([{"reasoning": "想\ud83d"}, {"content": "\ude00答\ud83d案"}], "想\ufffd", "\ufffd答\ufffd案"),
+        ([{"reasoning": "想"}, {"content": "答\ud83d"}], "想", "答\ufffd"),
+        ([{"content": "<think>\n想\n</think>\n\n答\ud83d"}], "想", "答\ufffd"),
+        ([{"reasoning": "想\ud83d"}], "想\ufffd", "\ufffd"),
+    ],
+)  # fmt: skip
+def test_surrogate_pair_in_two_pieces_is_one_character_and_a_lone_half_is_replaced(serve, deltas, thinking, answer):
+    *chunks, reply = connect(serve(say(*deltas), say({"content": "\ud83d"}))).stream(QUESTION)
+    assert reply.reply == chat.Reply(thinking, answer)
+    for kind, text in (("thinking", thinking), ("answer", answer)):
+        assert "".join(chunk.text for chunk in chunks if chunk.kind == kind).strip() == text
+
+
+def test_half_a_surrogate_pair_in_what_a_server_complains_of_can_be_written(serve):
+    with pytest.raises(UserError) as caught:
+        last(connect(serve(raw('{"error": "no \\ud83d"}'))))
+    assert "\ufffd" in str(caught.value)
 
 
 def test_letters_of_a_tag_in_an_answer_stay_letters_where_the_server_parses_thinking(serve):
@@ -198,6 +226,53 @@ def test_silent_server_times_out(serve):
     with pytest.raises(ServerError, match="0.3 秒"):
         last(connect(serve(hang(3)), timeout=0.3, retries=0))
     assert time.monotonic() - started < 2.5
+
+
+def test_silent_server_is_asked_once(serve):
+    server, started = serve(hang(10)), time.monotonic()
+    with pytest.raises(ServerError, match="0.5 秒"):
+        last(OpenAIEngine(server.url, timeout=0.5))
+    assert len(server.asked) == 1 and time.monotonic() - started < 5
+
+
+def test_interrupted_batch_leaves_a_silent_server_at_once(serve, tmp_path):
+    server = serve(hang(60))
+    rows = [{"question": f"头痛{i}天怎么办？"} for i in range(20)]
+    (tmp_path / "q.jsonl").write_text(files.to_jsonl(rows), encoding="utf-8")
+    command = [sys.executable, ROOT / "medical_assistant.py", "-b", "q.jsonl", "-o", "a.jsonl"]
+    process = subprocess.Popen(
+        [*command, "--engine", "openai", "--base-url", server.url, "--timeout", "40", "--concurrency", "3"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "已中断" in told.decode() and len(server.asked) == 3
+
+
+@pytest.mark.parametrize("wait", ["60", "Sun, 06 Nov 2950 08:49:37 GMT", "soon"])
+def test_stopped_batch_waits_for_no_further_try(serve, wait):
+    server = serve(fail(429, headers=[("Retry-After", wait)]))
+    before = set(threading.enumerate())
+
+    def interrupted():
+        yield QUESTION
+        while not server.asked:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(connect(server, retries=4).generate(interrupted()))
+    asking = [each for each in set(threading.enumerate()) - before if each.name == "asking"]
+    for thread in asking:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in asking) and len(server.asked) == 1
 
 
 def test_absent_server_is_found_out_at_once():
