@@ -116,6 +116,7 @@ def assess(question: str) -> Urgency:
     emergencies = [each for each in fired if each[0].level == EMERGENCY]
     is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
     if emergencies and (is_certain or weight.emergency >= DOUBT):
+        # The table stands in the order of need: no breath and a blocked airway come before what else the same words fire.
         advice = emergencies[0][0].advice
         # Who took poison and speaks of dying; beside another first rule a word of self-harm is mostly misread.
         telling_rules = emergencies if advice == "中毒" else emergencies[:1]
