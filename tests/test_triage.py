@@ -182,6 +182,14 @@ def test_word_between_the_two_of_a_pair_still_counts_by_itself():
     assert assess("右眼突然什么都看不见了，不疼").level == EMERGENCY
 
 
+def test_two_denials_in_a_row_are_two_signs():
+    # 呼吸没有 is a sign too, and once swallowed both of them.
+    for words in ("车祸现场，伤者没有呼吸没有脉搏", "没有呼吸没有心跳"):
+        assert "呼吸停" in signs.find_signs(signs.normalise(words)).present
+        assert assess(words).advice == "心肺复苏"
+    assert "呼吸停" not in signs.find_signs("没有呼吸困难").present
+
+
 def test_two_danger_signs_are_an_emergency_even_where_no_other_rule_fits():
     assert any("危1" in reason for reason in assess("他脸色惨白，神志不清").reasons)
 
