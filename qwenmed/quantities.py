@@ -15,20 +15,31 @@ _HAS_NUMBER = re.compile(
     "[0-9]|[零〇一二两三四五六七八九十百](?:[零〇一二两三四五六七八九十百点多几来]|个?[多来几]?[度岁天周月片粒颗日])"
 )
 
+# 2点5 is 2.5; 8点30 and 8点5分 are times.
+_POINT = re.compile(r"(?<=\d)点(?=\d(?![\d分点钟次]))")
+
+# What a value of another kind is counted in: 血压高,85岁.
+_COUNTED = r"\s?[多几来]?(?:周?岁|元|块|斤|公斤|kg|天|年|小时|分钟)"
+# Up to the number, a clause's end at most right before it (体温,39.2): the next clause speaks of something else.
+_STOP = ",，。；;"
 _N = r"(\d{1,4}(?:\.\d{1,2})?)"
 _TEMPERATURE = re.compile(
     rf"(?<!\d){_N}\s{{0,2}}(?:度|℃|°c|摄氏度|c\b)(\d)?|(?:烧|热|体温|温度|额温|腋温|肛温|耳温|fever of|temp)[^0-9，。；!?！？]{{0,6}}{_N}"
 )
 _PRESSURE = re.compile(r"(?<!\d)(\d{2,3})\s{0,2}[/／比、]\s{0,2}(\d{2,3})(?!\d)")
 _SYSTOLIC = re.compile(r"(?:高压|收缩压|血压|bp)[^0-9，。；]{0,8}(\d{2,3})(?!\d|/)")
+# What is counted or named behind 空腹, 餐后 and 血糖 but is no glucose: 餐后2h, 2型, 空腹吃1片.
+_NO_GLUCOSE = r"\s?(?:h|hour|个|型|片|粒|颗|杯|米|胎|点|次|针|支|顿|餐|种|月|周|号|口|碗|勺|袋|包|瓶|毫升|ml|单位|mg)"
 _GLUCOSE = re.compile(
-    rf"(?:血糖|血唐|血搪|雪糖|餐后|空腹|glucose|sugar)(?:[^0-9，。；、天]{{0,8}}[1-9][次遍回个][^0-9，。；]{{0,6}}|[^0-9，。；、天]{{0,10}}){_N}(?!\d|\.|\s?mg|\s?(?:天|岁|点|小时|分钟|年|个月|次))|(?<!\d){_N}\s{{0,2}}mmol"
+    rf"(?:血糖|血唐|血搪|雪糖|餐后(?:[1-3](?:\.5)?(?:h|个?小时|个?钟头))?|空腹|glucose|sugar)"
+    rf"(?:[^0-9{_STOP}、天]{{0,8}}[1-9][次遍回个][^0-9{_STOP}]{{0,6}}|(?:(?!胰岛素|c肽|波动|低0\.)[^0-9{_STOP}、天]){{0,10}}[,，]?)"
+    rf"{_N}(?!\d|\.|{_COUNTED}|{_NO_GLUCOSE})|(?<!\d){_N}\s{{0,2}}mmol"
 )
 _GLUCOSE_MG = re.compile(
-    r"(?:血糖|glucose|sugar)[^0-9，。；]{0,14}(\d{2,4})\s?(?:mg)|(?:sugar|glucose)[^0-9，。；]{0,14}(\d{2,4})(?!\.|\d)"
+    rf"(?:血糖|glucose|sugar)[^0-9{_STOP}]{{0,14}}(\d{{2,4}})\s?(?:mg)|(?:sugar|glucose)[^0-9{_STOP}]{{0,14}}(\d{{2,4}})(?!\.|\d)"
 )
 # What a glucose meter shows beyond its range.
-_GLUCOSE_DISPLAY = re.compile("血糖[^，。；]{0,8}?(hi|lo)(?![a-z])")
+_GLUCOSE_DISPLAY = re.compile(f"血糖[^{_STOP}]{{0,8}}?(hi|lo)(?![a-z])")
 _OXYGEN = re.compile(
     r"(?:血氧|脉氧|氧夹|雪氧|血养|氧饱和|饱和度|氧合|spo2|o2|oxygen|sats?\b)((?:(?!心率|脉搏|心跳|血压|体温|呼吸|年龄|岁|烧)[^。；!?！？]){0,32})"
 )
@@ -115,7 +126,7 @@ def signs_from_numbers(text: str) -> _Signs:
         yield from _glucose_display(text)
     if not _HAS_NUMBER.search(text):
         return
-    text = chinese_to_digits(text)
+    text = _POINT.sub(".", chinese_to_digits(text))
     for words, read in _READERS:
         for word in words:
             if word in text:
