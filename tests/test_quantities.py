@@ -64,3 +64,48 @@ def test_high_glucose_after_a_meal_is_not_read_as_low(question):
 
 def test_times_are_no_decimals():
     assert "血糖低值" not in read("血糖早上2点测的") and "血糖低值" not in read("血糖，2点30分测的")
+
+
+@pytest.mark.parametrize("age", [38, 41, 75, 82])
+@pytest.mark.parametrize(
+    "word",
+    ["血压", "高压", "收缩压", "心率", "脉搏", "血糖", "空腹", "餐后", "体温", "没有发烧", "不发热", "血氧还行，爷爷"],
+)
+def test_age_behind_a_word_is_no_value(word, age):
+    for text in (f"{word}，{age}岁", f"{word}{age}岁", f"{word}高，{age}多岁", f"{word} {age} 周岁"):
+        assert set(read(text)) <= {"老人"}, text
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "我妈有高血压，82岁，最近有点头晕，要紧吗",
+        "奶奶血压高 85岁 头晕",
+        "奶奶高血压，81岁，拉肚子一天三次",
+        "心率有点慢，35岁，偶尔头晕，要查什么",
+        "没有发烧，41岁，嗓子疼",
+        "血压舒张压85，有点头晕，正常吗",
+        "血氧仪买的85元的，测得准吗",
+        "血氧仪哪个牌子好，预算80",
+        "血氧还行，爷爷85，咳嗽几声",
+        "宝宝刚满月，心率150次/分正常吗",
+        "胎心率150，最近有点头晕",
+        "给新生儿洗澡，水温38度还是40度好",
+    ],
+)
+def test_ages_prices_and_the_values_of_others_are_no_emergency(question):
+    assert assess(question).level != EMERGENCY
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        ("血压，70/40", "血压低"), ("血压 75，头晕", "血压低"), ("血压，75，头晕", "血压低"), ("高压，185", "血压180"),
+        ("体温，39.2", "体温39"), ("发烧39度，82岁", "体温39"), ("心率，160", "心率危险"), ("血糖，28", "血糖高值"),
+        ("洗完澡发烧39度", "体温39"), ("怀孕，33周", "孕20周"), ("血氧，85", "血氧低"), ("血氧正常，现在掉到82", "血氧低"),
+        ("心跳一下子跳到190", "心率危险"), ("心跳一分钟三十几下", "心率危险"), ("宝宝满月，心率230", "心率危险"),
+        ("新生儿心率70", "心率危险"), ("刚生完宝宝，心率160", "心率危险"),
+    ],
+)  # fmt: skip
+def test_values_are_read_though_a_comma_or_an_age_stands_by(text, sign):
+    assert sign in read(text)
