@@ -66,3 +66,25 @@ def test_emergencies_among_the_sample_questions_get_their_own_first_aid():
                 "160/110": "产科", "精神蔫": "婴儿"}  # fmt: skip
     for words, advice in expected.items():
         assert [each for question, each in told.items() if words in question] == [advice]
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["孩子把指甲吃进肚子里了要紧吗", "头发吃进肚子里能拉出来吗", "凉气吃进肚子里老放屁", "西瓜籽吃进肚子会发芽吗"],
+)
+def test_swallowed_trifle_is_no_stab_wound(question):
+    # 吃进肚 sounds like 刺进肚.
+    assert assess(question).level != EMERGENCY
+
+
+@pytest.mark.parametrize(
+    ("question", "advice"),
+    [
+        ("孩子把磁力珠吃进肚子里了", "电池"),
+        ("孩子把针吃进肚子里了", "中毒"),
+        ("刀刺进肚子了", "创伤"),
+    ],
+)
+def test_swallowed_things_get_no_advice_for_wounds(question, advice):
+    found = assess(question)
+    assert found.level == EMERGENCY and found.advice == advice
