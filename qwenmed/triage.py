@@ -65,6 +65,7 @@ class Rule:
     unless: tuple[str, ...]
     advice: str
     source: str
+    certain: bool = False  # its words have no harmless reading, so the points don't doubt it
 
     @functools.cached_property
     def alternatives(self) -> tuple[frozenset[str], ...]:
@@ -100,7 +101,7 @@ ALARM_IN_A_LESSON = 300
 # Points of a crisis from which the helpline is named besides other advice, and from which the advice is the crisis's.
 CRISIS_BESIDES, CRISIS = -200, -100
 _CRISIS_ADVICE = frozenset({"自伤", "伤人", "危机"})
-# What outweighs the doubt: so many rules, or a measured value that is dangerous by itself.
+# What outweighs the doubt, beside a rule that is certain: so many rules, or a value that is dangerous by itself.
 WITNESSES = 3
 _CRITICAL = frozenset({"血氧低", "血压低", "血糖低值", "血糖极高", "体温405", "心率危险", "呼吸数快"})
 
@@ -115,6 +116,7 @@ def assess(question: str) -> Urgency:
     weight = weigh(text)
     emergencies = [each for each in fired if each[0].level == EMERGENCY]
     is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
+    is_certain = is_certain or any(rule.certain for rule, _ in emergencies)
     if emergencies and (is_certain or weight.emergency >= DOUBT):
         # The table stands in the order of need: no breath and a blocked airway come before what else the same words fire.
         advice = emergencies[0][0].advice
@@ -215,6 +217,7 @@ def _rules() -> tuple[list[Rule], dict[str, tuple[int, ...]]]:
                 unless=tuple(row["除非"].split("/")) if row["除非"] else (),
                 advice=row["处置"],
                 source=row["依据"],
+                certain=row["不疑"] == "是",
             )
             for row in csv.DictReader(file)
         ]
