@@ -88,3 +88,23 @@ def test_swallowed_trifle_is_no_stab_wound(question):
 def test_swallowed_things_get_no_advice_for_wounds(question, advice):
     found = assess(question)
     assert found.level == EMERGENCY and found.advice == advice
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "同事倒地了，还有点像打呼噜那样一下一下地喘，要不要按胸",
+        "爸爸叫不醒，呼吸一停一停的，好像打呼噜",
+        "岳父躺地上，偶尔抽一口长气，眼珠子不动",
+        "健身房有个人跑步机上摔下来不动了，偶尔张嘴抽一口气，叫他没反应",
+    ],
+)
+def test_gasps_of_somebody_who_fell_are_no_breathing(question):
+    found = assess(question)
+    assert found.level == EMERGENCY and found.advice == "心肺复苏"
+
+
+def test_snoring_and_a_seizure_are_no_gasps():
+    # 一挺一挺 sounds like 一停一停.
+    assert assess("睡觉打呼噜，一停一停的，白天困").level != EMERGENCY
+    assert assess("她说着说着话眼珠往上一翻，浑身一挺一挺的，叫不应").advice != "心肺复苏"
