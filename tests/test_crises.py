@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenmed.triage import EMERGENCY, ROUTINE, assess
+from qwenmed.triage import EMERGENCY, HELPLINE, ROUTINE, Urgency, assess, emergency_text
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,9 @@ def test_overdose_in_anger_or_regretted_names_the_helpline(question):
 def test_end_of_a_course_or_of_a_job_is_none(question):
     found = assess(question)
     assert found.level == ROUTINE and not found.is_crisis
+
+
+def test_helpline_is_not_promised_round_the_clock():
+    # The national notice on 12356 (2024) asks of each region 18 hours a day at least.
+    for text in (HELPLINE, *(emergency_text(Urgency(EMERGENCY, ("",), key)) for key in ("自伤", "危机"))):
+        assert "12356" in text and "24小时" not in text and "打不通或有危险时，立即拨打120或110" in text
