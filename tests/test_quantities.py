@@ -27,6 +27,7 @@ def read(text):
         "空腹胰岛素2.5，血糖正常，要紧吗",
         "最近血糖波动2个点正常吗",
         "血糖仪测的比静脉血低0.8正常吗",
+        "血糖仪2个测得不一样怎么办",
     ],
 )
 def test_what_is_counted_beside_glucose_is_no_glucose(question):
@@ -55,7 +56,11 @@ def test_low_glucose_is_an_emergency(question):
 
 @pytest.mark.parametrize(
     "question",
-    ["餐后2h血糖25，恶心呕吐，呼吸深快，嗜睡", "老爸糖尿病，餐后2h血糖28.6，人迷迷糊糊，嘴里一股烂苹果味"],
+    [
+        "餐后2h血糖25，恶心呕吐，呼吸深快，嗜睡",
+        "老爸糖尿病，餐后2h血糖28.6，人迷迷糊糊，嘴里一股烂苹果味",
+        "一型糖尿病，断了两天胰岛素，血糖仪显示HI，一直吐，呼吸又深又快",
+    ],
 )
 def test_high_glucose_after_a_meal_is_not_read_as_low(question):
     found = assess(question)
