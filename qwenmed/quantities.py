@@ -62,7 +62,7 @@ _BREATHS = re.compile(
     r"呼吸(?:频率|次数)?(?:每分钟|1分钟|一分钟)?[^0-9，,。；;吸停]{0,6}(\d{2,3})\s?(?:多|几|来)?(?:次|下|/分|回|左右|$|，|,|。)"
 )
 _AGE = re.compile(
-    r"(?<![\d.])(\d{1,3})(天|日龄|周龄|周|个月|月龄|月大|岁)(?:大|的|零|多|，|,|男|女|婴|宝|娃|孩|新|了)?"
+    r"(?<![\d.])(\d{1,3})(天|日龄|周龄|周|个半?月|月龄|月大|岁)(?:大|的|零|多|，|,|男|女|婴|宝|娃|孩|新|了)?"
 )
 _WEEKS = re.compile(
     rf"(?:孕|怀孕|妊娠|pregnant)[^0-9{_STOP}]{{0,6}}[,，]?(\d{{1,2}})\s{{0,1}}(周|个月|个多月|weeks|w|月)"
@@ -294,7 +294,7 @@ def _ages(text: str) -> _Signs:
         if "龄" not in unit and not re.search("生|龄|产", before) and _DURATION.search(before):
             continue
         days = value * {"天": 1, "日龄": 1, "周龄": 7, "周": 7}.get(unit, 30)
-        if days <= 92 and not (unit in ("个月",) and value >= 3):
+        if days <= 92 and not (unit in ("个月", "个半月") and value >= 3):
             yield "三月内", match[0]
         if days <= 28:
             yield "新生儿", match[0]

@@ -114,3 +114,8 @@ def test_ages_prices_and_the_values_of_others_are_no_emergency(question):
 )  # fmt: skip
 def test_values_are_read_though_a_comma_or_an_age_stands_by(text, sign):
     assert sign in read(text)
+
+
+def test_a_month_and_a_half_is_an_age():
+    assert "三月内" in read("宝宝一个半月，烧到38.4，不吃奶") and "三月内" not in read("宝宝三个半月，烧到38.4")
+    assert assess("宝宝一个半月，烧到38.4，不吃奶").advice == "婴儿"
