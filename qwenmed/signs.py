@@ -276,12 +276,12 @@ class _Tables:
             if spoken:
                 written = {hit[:2] for hit in found}
                 found += [hit for hit in spoken if hit[:2] not in written]
+        found.sort(key=_BY_PLACE)
         if traits & _DENYING_SIGN:
             found = _without_cut_signs(found)
         if traits & _DENIAL:  # a denial inside of a sign's own word (没有意识) denies nothing
-            signs = [hit for hit in found if hit[2].signs]
-            found = [hit for hit in found if not (hit[2].traits & _DENIAL and _lies_in(hit, signs))]
-        found.sort(key=_BY_PLACE)
+            signs = [hit[:2] for hit in found if hit[2].signs]
+            found = [h for h in found if not (h[2].traits & _DENIAL and any(s <= h[0] and h[1] <= e for s, e in signs))]
         return found
 
     def _sound(self, text: str) -> str:
@@ -351,11 +351,15 @@ _DENIALS = frozenset({"否定", "否定短"})
 
 
 def _without_cut_signs(found: list[_Hit]) -> list[_Hit]:
-    """Drop 没有呼吸 where the text goes on to 没有呼吸困难: the longer sign begins inside of it."""
-    signs = [hit for hit in found if hit[2].signs]
-    denying = [hit for hit in signs if hit[2].traits & _DENYING_SIGN]
-    cut = {hit[:2] for hit in denying for other in signs if hit[0] < other[0] < hit[1] < other[1]}
-    return [hit for hit in found if hit[:2] not in cut] if cut else found
+    """Drop 没有呼吸 where the text goes on to 没有呼吸困难: the longer sign begins inside of it.
+
+    What is dropped itself drops no other: in 没有呼吸没有脉搏 the sign 呼吸没有 goes, and both denials stay.
+    """
+    kept: set[tuple[int, int]] = set()
+    for start, end, word in reversed(found):
+        if word.signs and not (word.traits & _DENYING_SIGN and any(start < s < end < e for s, e in kept)):
+            kept.add((start, end))
+    return [hit for hit in found if not hit[2].signs or hit[:2] in kept]
 
 
 def _inside_latin(text: str, hit: _Hit) -> bool:
@@ -363,10 +367,6 @@ def _inside_latin(text: str, hit: _Hit) -> bool:
     start, end, word = hit
     before, after = text[start - 1 : start], text[end : end + 1]
     return (before.isascii() and before.isalpha()) or (word.length <= 4 and after.isascii() and after.isalpha())
-
-
-def _lies_in(hit: _Hit, signs: list[_Hit]) -> bool:
-    return any(sign[0] <= hit[0] and hit[1] <= sign[1] for sign in signs)
 
 
 @functools.cache

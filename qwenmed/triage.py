@@ -25,7 +25,7 @@ DISCLAIMER = "【免责声明】以上内容由人工智能生成，仅供参考
 EMERGENCY_MARK = "【紧急】"
 
 NO_ANSWER = "（模型在 {limit} 个 token 之内没有写完思考，还没有给出回答。请用更大的 -m / max_tokens 再试一次。）"
-HELPLINE = "心里难受、撑不住的时候，请拨打心理援助热线12356，24小时有人听您说；有危险时立即拨打120。"
+HELPLINE = "心里难受、撑不住的时候，请拨打心理援助热线12356；打不通或有危险时，立即拨打120或110。"
 SEE_A_DOCTOR_TODAY = (
     "【请当天就医】您描述的情况最好今天就去医院看医生；如果加重，或出现胸痛、呼吸困难、意识不清，请立即拨打120。"
 )
@@ -65,6 +65,7 @@ class Rule:
     unless: tuple[str, ...]
     advice: str
     source: str
+    certain: bool = False  # its words have no harmless reading, so the points don't doubt it
 
     @functools.cached_property
     def alternatives(self) -> tuple[frozenset[str], ...]:
@@ -100,7 +101,7 @@ ALARM_IN_A_LESSON = 300
 # Points of a crisis from which the helpline is named besides other advice, and from which the advice is the crisis's.
 CRISIS_BESIDES, CRISIS = -200, -100
 _CRISIS_ADVICE = frozenset({"自伤", "伤人", "危机"})
-# What outweighs the doubt: so many rules, or a measured value that is dangerous by itself.
+# What outweighs the doubt, beside a rule that is certain: so many rules, or a value that is dangerous by itself.
 WITNESSES = 3
 _CRITICAL = frozenset({"血氧低", "血压低", "血糖低值", "血糖极高", "体温405", "心率危险", "呼吸数快"})
 
@@ -115,7 +116,9 @@ def assess(question: str) -> Urgency:
     weight = weigh(text)
     emergencies = [each for each in fired if each[0].level == EMERGENCY]
     is_certain = len(emergencies) >= WITNESSES or not _CRITICAL.isdisjoint(measured)
+    is_certain = is_certain or any(rule.certain for rule, _ in emergencies)
     if emergencies and (is_certain or weight.emergency >= DOUBT):
+        # The table stands in the order of need: no breath and a blocked airway come before what else the same words fire.
         advice = emergencies[0][0].advice
         # Who took poison and speaks of dying; beside another first rule a word of self-harm is mostly misread.
         telling_rules = emergencies if advice == "中毒" else emergencies[:1]
@@ -214,6 +217,7 @@ def _rules() -> tuple[list[Rule], dict[str, tuple[int, ...]]]:
                 unless=tuple(row["除非"].split("/")) if row["除非"] else (),
                 advice=row["处置"],
                 source=row["依据"],
+                certain=row["不疑"] == "是",
             )
             for row in csv.DictReader(file)
         ]
@@ -276,10 +280,20 @@ _STOPPING = re.compile(
     "(?<![不勿别])(?:可以|能|应该|建议|请|应)[^。；，！？不勿]{0,6}(?:停药|停用|停服|停掉|减量|减半|不再吃|不吃药|停止服用|停止用药|不用再吃)"
 )
 _CONTRADICTION = re.compile(
-    "(?:不用|无需|不必|不需要|没必要|没有必要|用不着|不要)(?!自|开|走|独)[^。；，、！？]{0,6}(?:去医院|就医|看医生|急诊|打120|拨打120|叫救护车|就诊|送医)"
+    "(?:不用|无需|不必|不需要|没必要|没有必要|用不着|不要)(?!自|开|走|独|等|拖|先|以为|因|只|犹豫)[^。；，、！？]{0,6}"
+    "(?:去医院|就医|看医生|急诊|(?:打|叫|拨打|呼叫)[^。；，、！？]{0,2}(?:120|急救|救护车)|就诊|送医)"
     "|(?:在家|先)[^。；，！？]{0,4}(?:观察|休息)[^。；！？]{0,10}(?:即可|就好|就行|几天|看看|再说)"
+    "|(?:在家|先)[^。；，！？]{0,4}观察[^。；，！？]{0,4}[0-9一二两三半几](?:十|个|到|[0-9]){0,3}(?:小时|钟头|分钟|天)"
     "|(?:明天|过几天|几天后|有空|择期|下周)[^。；，！？]{0,6}(?:去医院|就医|就诊|看医生|再去)"
-    "|(?:问题|关系)不大|没什么大碍|不严重|并无大碍|不要紧(?!张)|(?:不是|不算|不属于)急症|多休息(?:即可|就好|就行)|喝点热水"
+    "|[等待][^。；，！？]{0,6}(?:加重|严重|恶化)[^。；，！？]{0,3}再[^。；，！？]{0,2}(?:去|到|就医|就诊|看)"
+    "|(?:问题|关系)不大|没什么大碍|不严重|[并般常]无大碍|不要紧(?!张)|(?:不是|不算|不属于)急症|喝点热水"
+    "|(?:注意|多)休息(?:即可|就好|就行)|(?:不需要|无需|不用|不必)(?:特别|特殊)(?:处理|治疗)"
+    "|(?:一般|通常|大多|多数|往往)(?:都|会|能|可|可以){0,2}(?:自行|自己|慢慢)(?:缓解|恢复|好转|消失)"
+)
+# Right before such words, what turns them into their opposite: 不要等到明天再去医院.
+_WARNED = re.compile(
+    "(?:不要|切勿|切忌|不能|不可|不得|不应|不宜|不建议|避免|(?<![特分区个级类性])别)"
+    "(?:等到?|拖到?|再|以为|认为|觉得|因为?|只是?|自行|自己|抱着|心存|侥幸|继续|留|待|它|他|她|这|症状|病情|想着|打算|选择){0,4}$"
 )
 
 
@@ -318,7 +332,8 @@ def calls_for_help(answer: str) -> bool:
 
 def talks_down(answer: str) -> bool:
     """Whether an answer says that there is no need for help, or that it can wait."""
-    return bool(_CONTRADICTION.search(answer))
+    found = _CONTRADICTION.finditer(answer)
+    return any(not _WARNED.search(answer, max(0, match.start() - 20), match.start()) for match in found)
 
 
 @functools.cache

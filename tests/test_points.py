@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenmed import points, signs
-from qwenmed.triage import EMERGENCY, ROUTINE, URGENT, assess
+from qwenmed.triage import DOUBT, EMERGENCY, ROUTINE, URGENT, assess
 
 SETS = ROOT / "tests" / "triage"
 
@@ -87,6 +87,23 @@ def test_a_rule_that_stands_alone_is_doubted_but_measured_numbers_are_not():
     doubted = assess("想问一下癫痫发作时口吐白沫怎么护理，我妹妹得了十几年，平时吃药控制得很好，是不是能治好")
     assert doubted.level != EMERGENCY
     assert assess("血氧62，还能撑到天亮吗").level == EMERGENCY
+
+
+@pytest.mark.parametrize(
+    ("question", "advice"),
+    [
+        ("新生儿发热38.2，不吃奶", "婴儿"),
+        ("满月的娃发烧38.3，不肯吃奶", "婴儿"),
+        ("出生二十五天的宝宝发烧38.5，不怎么吃奶了", "婴儿"),
+        ("咳出来好多鲜红的血，有小半碗，有支扩", "出血"),
+        ("一次咳了半碗血", "出血"),
+        ("孩子鼻子里塞了个磁力珠，另一个好像吞了两三颗", "电池"),
+        ("两岁娃从昨天拉水样便十几次，眼窝凹进去，没眼泪，一天没尿", "婴儿"),
+    ],
+)
+def test_rule_without_a_harmless_reading_is_not_doubted(question, advice):
+    assert weigh(question).emergency < DOUBT
+    assert assess(question).level == EMERGENCY and assess(question).advice == advice
 
 
 def test_the_most_urgent_piece_of_a_long_text_counts():

@@ -182,6 +182,14 @@ def test_word_between_the_two_of_a_pair_still_counts_by_itself():
     assert assess("右眼突然什么都看不见了，不疼").level == EMERGENCY
 
 
+def test_two_denials_in_a_row_are_two_signs():
+    # 呼吸没有 is a sign too, and once swallowed both of them.
+    for words in ("车祸现场，伤者没有呼吸没有脉搏", "没有呼吸没有心跳"):
+        assert "呼吸停" in signs.find_signs(signs.normalise(words)).present
+        assert assess(words).advice == "心肺复苏"
+    assert "呼吸停" not in signs.find_signs("没有呼吸困难").present
+
+
 def test_two_danger_signs_are_an_emergency_even_where_no_other_rule_fits():
     assert any("危1" in reason for reason in assess("他脸色惨白，神志不清").reasons)
 
@@ -235,6 +243,42 @@ def test_answer_that_talks_an_emergency_down_is_withheld(answer):
     checked = check_answer(answer, "", EMERGENCY_CASE)
     assert checked.text == "" and checked.cautions == (triage.WITHHELD,)
     assert check_answer(answer, "", Urgency(ROUTINE)).text.startswith(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "不用叫120，自己开车去就行。",
+        "无需拨打急救电话，先含一片硝酸甘油。",
+        "先观察半小时，不缓解再去医院。",
+        "可在家中观察24小时。",
+        "等症状加重后再去医院。",
+        "不需要特别处理，多喝水就可以了。",
+        "一般无大碍，注意休息即可。",
+        "这种情况一般会自行缓解，不必过度担心。",
+        "不要紧张，明天再去医院看看。",
+        "特别是不严重的，休息一下。",
+    ],
+)
+def test_plain_dissuasion_is_heard(answer):
+    assert triage.talks_down(answer) and not triage.calls_for_help(f"请拨打120。{answer}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "不要等到明天再去医院，请立即拨打120。",
+        "切勿拖到明天去医院，请立即拨打120。",
+        "千万不要以为不严重，请立即拨打120。",
+        "不要先观察看看，请立即拨打120。",
+        "请立即拨打120，不要在家休息几天再说。",
+        "请立即拨打120，不要等症状加重后再去医院。",
+        "请立即拨打120，如果不能自行缓解就做心肺复苏。",
+        "请立即拨打120，不要等120来了才开始按压。",
+    ],
+)
+def test_warning_against_waiting_is_no_dissuasion(answer):
+    assert triage.calls_for_help(answer) and check_answer(answer, "", EMERGENCY_CASE).text == answer
 
 
 def test_answer_that_sends_to_hospital_is_not_withheld():
