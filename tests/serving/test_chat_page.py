@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -13,13 +14,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here (Debian package chromium)")
 
 DESK, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
-LONG = "随便说说"
 
 
 @pytest.fixture(scope="module")
-def address(trained, tmp_path_factory):
-    with running_server(trained, tmp_path_factory.mktemp("page"), "--temperature", "0") as (address, *_):
-        yield address
+def server(trained, tmp_path_factory):
+    with running_server(trained, tmp_path_factory.mktemp("page"), "--temperature", "0") as (address, process, _):
+        yield address, process
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +113,15 @@ def test_emergency_is_told_before_a_token_is_generated(open_page, trained):
     keep(page, "chat-emergency")
 
 
-def test_running_answer_is_stopped_and_asked_again(open_page, address):
+def test_running_answer_is_stopped_and_asked_again(open_page, server, trained):
+    address, process = server
     page = open_page()
-    page.fill("#question", LONG)
+    page.fill("#question", max(trained.rows, key=lambda row: len(row["think"] + row["answer"]))["question"])
     page.press("#question", "Enter")
     page.locator("article.answer details:visible").wait_for()
+    process.send_signal(signal.SIGSTOP)  # or the answer may end before the button is reached
     page.locator("#stop").click()
+    process.send_signal(signal.SIGCONT)
     assert "（已停止）" in answered(page).inner_text() and idle(address)
     page.click("#retry")
     again = answered(page)
