@@ -376,6 +376,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("-q 和 -b 不能同时使用")
     if args.output and not args.batch:
         parser.error("-o 只用于批量（-b）")
+    if args.output and args.output.exists() and args.batch.exists() and args.output.samefile(args.batch):
+        parser.error("-o 是问题文件自己，会被结果覆盖；请换一个文件名")
     if args.resume and not args.output:
         parser.error("--resume 只用于写到文件的批量（-b 和 -o）")
     if args.triage and not args.batch and args.question is None:

@@ -207,7 +207,8 @@ def _load(candidate: Candidate) -> TransformersEngine:
     cli.note(f"{candidate.label}：{candidate.checkpoint.kind} {candidate.checkpoint.path}（{device.type}）")
     model, tokenizer = checkpoints.load(candidate.checkpoint, torch.float32)
     chat.check_template(tokenizer)
-    return engines.engine_of(candidate.settings, candidate.checkpoint, model.to(device), tokenizer)
+    model = engines.moved(model, device, candidate.checkpoint.path)
+    return engines.engine_of(candidate.settings, candidate.checkpoint, model, tokenizer)
 
 
 def _for_generation(candidate: Candidate, engine: TransformersEngine) -> TransformersEngine:

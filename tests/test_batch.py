@@ -364,6 +364,15 @@ def test_triage_takes_no_interrupted_batch_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.partial", "q.jsonl"]
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--triage"]])
+def test_results_never_take_the_place_of_their_questions(tmp_path, more):
+    text = json.dumps({"question": "头痛？"}, ensure_ascii=False) + "\n"
+    (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
+    done = run_script("medical_assistant.py", "-b", "q.jsonl", "-o", "./q.jsonl", *more, cwd=tmp_path)
+    assert_user_error(done, "-o", "问题文件")
+    assert (tmp_path / "q.jsonl").read_text(encoding="utf-8") == text
+
+
 def test_folder_as_results_file_is_refused_before_any_question_is_asked(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -292,7 +292,7 @@ def test_rows_that_wait_hold_no_memory_yet(model, tokenizer, demo_rows, monkeypa
 def test_model_that_fits_into_no_memory_is_one_line_with_a_way_out(demo_model, monkeypatch):
     from transformers import Qwen3ForCausalLM
 
-    from qwenmed import engines
+    from qwenmed import checkpoints, engines, evaluation
 
     def full(self, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
@@ -300,6 +300,9 @@ def test_model_that_fits_into_no_memory_is_one_line_with_a_way_out(demo_model, m
     monkeypatch.setattr(Qwen3ForCausalLM, "to", full)
     with pytest.raises(UserError, match="放不下这个模型.*--device cpu"):
         engines.open_engine(engines.EngineSettings(checkpoint=str(demo_model), device="cpu"))
+    candidate = evaluation.Candidate("demo", engines.EngineSettings(device="cpu"), checkpoints.find(str(demo_model)))
+    with pytest.raises(UserError, match="放不下这个模型"):
+        evaluation._load(candidate)
 
 
 @pytest.mark.parametrize(
