@@ -36,7 +36,8 @@ NEW_ENOUGH = 'import sys; sys.exit(sys.version_info < (3, 11) and \
 # --clear：不清空，venv 就留着旧的解释器，装了新的 Python 也用不上。
 $(VENV)/.ready: requirements.txt
 	@$(PYTHON) -c $(NEW_ENOUGH)
-	$(PYTHON) -m venv $$($(PY) -c $(NEW_ENOUGH) 2>/dev/null || echo --clear) $(VENV)
+	@echo '$(PYTHON) -m venv $(VENV)'
+	@$(PYTHON) -m venv $$($(PY) -c $(NEW_ENOUGH) 2>/dev/null || echo --clear) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
