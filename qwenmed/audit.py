@@ -104,7 +104,7 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, ensure_ascii=False, indent=2, default=str) + "\n"
     # A path on the command line need be no text either; JSON's own escape is the same as Python's.
     texts = {folder / AUDIT_JSON: text, folder / AUDIT_HTML: page}
-    files.write_whole({path: text.encode(errors="backslashreplace").decode() for path, text in texts.items()})
+    files.write_whole({path: files.encodable(text) for path, text in texts.items()})
 
 
 def as_text(report: Mapping[str, Any]) -> str:

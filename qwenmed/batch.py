@@ -148,7 +148,8 @@ def results_file(path: Path, resume: bool) -> Iterator[tuple[IO[str], Answered |
     answered = None
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_held(path))
+        refusal = UserError("另一个进程正在写这个结果文件", path, "请等它结束，或换一个文件名")
+        stack.enter_context(files.locked(path.parent / f".{path.name}.lock", refusal))
         check_results_path(path, resume)
         if resume:
             _collect(partial, collected)
@@ -177,25 +178,6 @@ def check_results_path(path: Path, resume: bool = False) -> None:
 def _unfinished(path: Path) -> tuple[Path, Path]:
     """Where the rows of a try grow, and where those of earlier tries are collected."""
     return path.parent / f"{path.name}.partial", path.parent / f"{path.name}.answered"  # "." has no name
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Keep other processes from writing the same results; a killed one keeps nobody."""
-    from filelock import FileLock, Timeout
-
-    place = path.parent / f".{path.name}.lock"
-    lock = FileLock(place)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError("另一个进程正在写这个结果文件", path, "请等它结束，或换一个文件名") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file; the lock does it there
-            place.unlink()
-        lock.release()
 
 
 def _collect(partial: Path, collected: Path) -> None:

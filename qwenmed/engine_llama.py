@@ -30,7 +30,7 @@ from qwenmed.engine import (
     reply_limit,
 )
 from qwenmed.errors import UserError
-from qwenmed.gguf_file import NOTICE_KEY
+from qwenmed.gguf_file import LLAMA_REMEDY, NOTICE_KEY
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -184,7 +184,7 @@ def _open(path: Path, threads: int | None) -> "Llama":
     try:
         from qwenmed import llama
     except ImportError as error:
-        raise UserError(f"没有安装 llama-cpp-python（{error}）", None, "请运行 pip install -e '.[gguf]'") from None
+        raise UserError(f"没有安装 llama-cpp-python（{error}）", None, LLAMA_REMEDY) from None
     try:
         # The binding takes llama.cpp's warnings for errors and prints them; what matters is raised.
         with contextlib.redirect_stderr(io.StringIO()):

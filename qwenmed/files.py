@@ -252,6 +252,11 @@ def is_encodable(row: object) -> bool:
     return True
 
 
+def encodable(text: str) -> str:
+    """A text with escapes for what can't be written: file names may hold bytes that are no text (GBK on Linux)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def check_encodable(text: str, what: str) -> str:
     """Return `text` if it can be written as UTF-8.
 
@@ -305,7 +310,7 @@ def hold(folder: Path, what: str) -> "FileLock":
     Raises:
         UserError: another process that is still alive has it.
     """
-    return _lock(folder / LOCK_FILE, folder, what)
+    return _lock(folder / LOCK_FILE, _is_used(folder, what))
 
 
 @contextlib.contextmanager
@@ -318,8 +323,18 @@ def holding(folder: Path, what: str, file: Path | None = None) -> Iterator[None]
     Raises:
         UserError: as `hold`.
     """
-    file = file or folder / LOCK_FILE
-    lock = _lock(file, folder, what)
+    with locked(file or folder / LOCK_FILE, _is_used(folder, what)):
+        yield
+
+
+@contextlib.contextmanager
+def locked(file: Path, refusal: UserError) -> Iterator[None]:
+    """Hold a lock file for the length of the block and leave none; a killed process holds nothing.
+
+    Raises:
+        UserError: the refusal, where another process that is still alive holds it.
+    """
+    lock = _lock(file, refusal)
     try:
         yield
     finally:
@@ -329,15 +344,18 @@ def holding(folder: Path, what: str, file: Path | None = None) -> Iterator[None]
         lock.release()
 
 
-def _lock(file: Path, folder: Path, what: str) -> "FileLock":
+def _is_used(folder: Path, what: str) -> UserError:
+    return UserError(f"另一个{what}正在使用这个目录", folder, "请等它结束，或用 --output-dir 换一个目录")
+
+
+def _lock(file: Path, refusal: UserError) -> "FileLock":
     from filelock import FileLock, Timeout
 
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        remedy = "请等它结束，或用 --output-dir 换一个目录"
-        raise UserError(f"另一个{what}正在使用这个目录", folder, remedy) from None
+        raise refusal from None
     return lock
 
 

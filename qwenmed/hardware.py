@@ -187,14 +187,20 @@ def free_memory(device: "torch.device") -> int:
     return psutil.virtual_memory().available
 
 
-# How a plain RuntimeError of torch tells that memory ran out: on Linux, on Windows, on a Mac, and in CUDA itself.
+# How torch tells that memory ran out, mostly in a plain RuntimeError: on Linux, on Windows, on a Mac, and with CUDA.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA out of memory",
 )
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text, or what a process has printed, is of memory that ran out."""
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -203,7 +209,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
 
 
 def keep_freed_memory() -> None:

@@ -37,8 +37,8 @@ def kind(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as it can be written: what is no text in a file's name (GBK bytes on Linux) as escapes."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path as it can be written."""
+    return files.encodable(str(path))
 
 
 def data_files(path: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenmed import chat, checkpoints, cli, files, read_back
+from qwenmed import chat, checkpoints, cli, files, hardware, read_back
 from qwenmed.errors import UserError
 
 if TYPE_CHECKING:
@@ -307,8 +307,8 @@ def _read(job: read_back.Job) -> subprocess.CompletedProcess[str]:
 
 def _ran_out_of_memory(done: subprocess.CompletedProcess[str]) -> bool:
     """Whether the reader failed because a GPU, or torch on a CPU, has no room."""
-    signs = ("out of memory", "MemoryError", "DefaultCPUAllocator: can't allocate")
-    return bool(done.returncode) and any(each in done.stderr for each in signs)
+    told = hardware.says_out_of_memory(done.stderr) or "MemoryError" in done.stderr
+    return bool(done.returncode) and told
 
 
 def _why_it_ended(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:

@@ -4,33 +4,33 @@ import pytest
 
 from qwenmed.triage import EMERGENCY, HELPLINE, ROUTINE, Urgency, assess, emergency_text
 
-
-@pytest.mark.parametrize(
-    "question",
-    [
+CRISES = {
+    # farewells
+    "自伤": [
         "没什么意思了，药吃下去了，就这样吧",
         "药都吃完了，就这样吧，没意思",
         "谢谢大家这些年的照顾，我走了，别找我",
         "谢谢你们照顾我这么多年，我走了，不要找我",
     ],
-)
-def test_farewell_is_a_crisis(question):
-    found = assess(question)
-    assert found.level == EMERGENCY and found.is_crisis and found.advice == "自伤"
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
+    "中毒": [
+        # in anger, or regretted
         "跟老公吵架，赌气吞了四十片安眠药",
         "女儿跟我吵完架把一瓶扑热息痛都吃了",
         "一气之下喝了百草枯，后悔了",
         "吃了三十片对乙酰氨基酚，现在没啥感觉，后悔了",
+        # with any word of self-harm
+        "十五岁儿子和我吵架后吞了一整瓶对乙酰氨基酚，刚发现空瓶，他说不想活了",
+        "我攒了四十片喹硫平刚才就着可乐喝了，遗书也写好了，就是有点怕黑",
+        "弟弟喝了洁厕液，满嘴烂了，口水吞不下去，说不想活了",
+        "爱人打了远超平时好几倍的胰岛素，说要解脱，现在满头大汗说胡话",
     ],
-)
-def test_overdose_in_anger_or_regretted_names_the_helpline(question):
+}
+
+
+@pytest.mark.parametrize(("advice", "question"), [(key, each) for key, many in CRISES.items() for each in many])
+def test_crisis_is_told_its_first_aid_and_the_helpline(advice, question):
     found = assess(question)
-    assert found.level == EMERGENCY and found.is_crisis and found.advice == "中毒"
+    assert found.level == EMERGENCY and found.is_crisis and found.advice == advice
 
 
 @pytest.mark.parametrize(

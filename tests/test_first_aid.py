@@ -22,6 +22,11 @@ FIRST_AID = {
         "同事抽了一阵，现在不抽了，也没呼吸，嘴唇发紫",
         "吃了一大把安眠药，现在没有心跳了",
         "孩子呛奶，脸发紫，没有呼吸了",
+        # gasps of somebody who fell are no breathing
+        "同事倒地了，还有点像打呼噜那样一下一下地喘，要不要按胸",
+        "爸爸叫不醒，呼吸一停一停的，好像打呼噜",
+        "岳父躺地上，偶尔抽一口长气，眼珠子不动",
+        "健身房有个人跑步机上摔下来不动了，偶尔张嘴抽一口气，叫他没反应",
     ],
     "溺水": ["被水淹了捞上来没呼吸了", "孩子掉池塘里捞上来，嘴唇发紫，叫不醒"],
     "触电": ["工人被380伏电倒，没有脉搏了", "刚触电被弹开，晕过去一会儿，现在心慌胸口疼"],
@@ -39,6 +44,10 @@ FIRST_AID = {
     "高血糖": [
         "我弟一型糖尿病，断了两天胰岛素，吐个不停，喘粗气，嘴里一股烂苹果味",
         "养老院老人三天没怎么喝水，血糖仪只显示HI，现在嗜睡，喊也不答应，尿很多",
+        # 2h is no glucose, and HI no 1
+        "餐后2h血糖25，恶心呕吐，呼吸深快，嗜睡",
+        "老爸糖尿病，餐后2h血糖28.6，人迷迷糊糊，嘴里一股烂苹果味",
+        "一型糖尿病，断了两天胰岛素，血糖仪显示HI，一直吐，呼吸又深又快",
     ],
     "眼化学": ["硫酸溅眼睛里了，睁不开", "硫酸溅眼睛里"],
     "电池": ["两岁孩子吞了一颗纽扣电池，现在一直流口水、不肯吃、胸口疼"],
@@ -88,20 +97,6 @@ def test_swallowed_trifle_is_no_stab_wound(question):
 def test_swallowed_things_get_no_advice_for_wounds(question, advice):
     found = assess(question)
     assert found.level == EMERGENCY and found.advice == advice
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
-        "同事倒地了，还有点像打呼噜那样一下一下地喘，要不要按胸",
-        "爸爸叫不醒，呼吸一停一停的，好像打呼噜",
-        "岳父躺地上，偶尔抽一口长气，眼珠子不动",
-        "健身房有个人跑步机上摔下来不动了，偶尔张嘴抽一口气，叫他没反应",
-    ],
-)
-def test_gasps_of_somebody_who_fell_are_no_breathing(question):
-    found = assess(question)
-    assert found.level == EMERGENCY and found.advice == "心肺复苏"
 
 
 def test_snoring_and_a_seizure_are_no_gasps():

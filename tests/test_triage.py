@@ -103,20 +103,6 @@ def test_helpline_is_named_wherever_somebody_is_in_a_crisis():
     assert not assess("我爸突然胸口疼得厉害，左胳膊也疼，出了一身冷汗").is_crisis
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
-        "十五岁儿子和我吵架后吞了一整瓶对乙酰氨基酚，刚发现空瓶，他说不想活了",
-        "我攒了四十片喹硫平刚才就着可乐喝了，遗书也写好了，就是有点怕黑",
-        "弟弟喝了洁厕液，满嘴烂了，口水吞不下去，说不想活了",
-        "爱人打了远超平时好几倍的胰岛素，说要解脱，现在满头大汗说胡话",
-    ],
-)
-def test_poisoning_with_any_word_of_self_harm_names_the_helpline(question):
-    found = assess(question)
-    assert found.level == EMERGENCY and found.is_crisis and found.advice == "中毒"
-
-
 def test_eyes_that_turn_up_are_a_seizure_and_no_hanging():
     child = assess("三岁娃吃了爷爷的氯丙嗪好几片，现在头往后仰，眼珠往上吊，叫也不醒")
     assert child.level == EMERGENCY and not child.is_crisis
